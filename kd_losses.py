@@ -1,0 +1,425 @@
+"""Knowledge distillation for segmentation: the losses, the adapters, and the frozen teacher.
+
+A small student learns from the ground truth and from a large teacher at once. Two ways to listen:
+
+response  Every pixel of the teacher's output is a distribution over the classes. The student is
+          pulled towards it with a Kullback-Leibler divergence, both sides softened by a
+          temperature T, so that the teacher's second and third guesses are heard too:
+
+          L = alpha * CE(y, z_s) + beta * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))
+
+          Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network,
+          https://arxiv.org/abs/1503.02531
+
+feature   The student's intermediate features are pulled towards the teacher's. The two have
+          different numbers of channels, so a 1x1 convolution A_l translates at each level l; the
+          cosine compares directions only, because the scales of two networks mean nothing to each
+          other:
+
+          L = alpha * CE(y, z_s) + beta * mean_l (1 - cos(A_l f_s, f_t))
+
+          Romero et al. 2015, FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
+
+The adapters A_l are trained with the student and thrown away after it: they are neither counted nor
+saved with the weights. The teacher never trains: it stays in eval mode, under no_grad, and is never
+saved.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+from tqdm import tqdm
+
+from model_standard import StandardSegmentationModel
+from model_ultracompact import UltraCompactSegmentationModel
+from voc_data import (
+    CACHE_VERSION, NUM_CLASSES, UNLABELLED, VOID, ArrayStore, ArrayStoreWriter, DataError, UsageError,
+    cached, fingerprint, has_room, normalise, read_item, resize_longest,
+)  # fmt: skip
+
+LEVELS = ("low", "mid", "high")  # strides 4, 8 and 16 of a student
+STUDENTS = {
+    "ultracompact": UltraCompactSegmentationModel,
+    "standard": StandardSegmentationModel,
+}
+
+# ------------------------------------------------------------------------------------- the losses
+
+
+def cross_entropy(logits, labels):
+    """CE(y, z): mean cross-entropy over the labelled pixels of the batch.
+
+    Args:
+        logits: (N, C, H, W), raw.
+        labels: (N, H, W) of 0..C-1; VOID and UNLABELLED pixels count for nothing.
+
+    Returns:
+        a scalar; 0 (with a gradient of 0) where no pixel is labelled.
+    """
+    target = labels.long().masked_fill(labels == UNLABELLED, VOID)
+    total = F.cross_entropy(logits.float(), target, ignore_index=VOID, reduction="sum")
+    return total / (target != VOID).sum().clamp(min=1)
+
+
+def response_based_kd_loss(student_logits, teacher_logits, labels, temperature):
+    """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), Hinton et al. 2015.
+
+    Summed over the classes, averaged over the non-void pixels of the batch: not over the batch
+    alone (`reduction="batchmean"` would be H*W too large) and not over classes too (`"mean"` would
+    be C too small). T^2 undoes the 1/T^2 that the softening puts on the gradient, so that beta means
+    the same at every temperature.
+
+    Args:
+        student_logits, teacher_logits: (N, C, h, w), raw.
+        labels: (N, h, w); VOID pixels are left out, UNLABELLED ones count.
+        temperature: T > 0; 1 leaves the distributions as they are.
+
+    Returns:
+        a float32 scalar; 0 where every pixel is void.
+
+    Raises:
+        UsageError: the temperature is not positive.
+    """
+    if temperature <= 0:
+        raise UsageError(f"the temperature must be positive, not {temperature}")
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * masked_mean(divergence, labels != VOID)
+
+
+def feature_based_kd_loss(student_features, teacher_features, labels=None):
+    """mean over levels of 1 - cos(f_s, f_t), in 0..2; after Romero et al. 2015.
+
+    The cosine runs over the channels at each position, then positions are averaged.
+
+    Args:
+        student_features: {level: (N, C_l, h, w)}, already through their adapters.
+        teacher_features: {level: (N, C_l, h', w')}; resized to the student's h and w if they differ.
+        labels: (N, H, W), to leave out the positions that are VOID there (padding); None takes all.
+
+    Returns:
+        a float32 scalar; 0 where every position is void.
+    """
+    distances = []
+    for level, student in student_features.items():
+        teacher = teacher_features[level].float()
+        if teacher.shape[-2:] != student.shape[-2:]:
+            teacher = F.interpolate(teacher, size=student.shape[-2:], mode="bilinear")
+        distance = 1 - F.cosine_similarity(student.float(), teacher, dim=1)  # (N, h, w)
+        real = torch.ones_like(distance, dtype=torch.bool)
+        if labels is not None:
+            real = labels_at(labels, distance.shape[-2:]) != VOID
+        distances.append(masked_mean(distance, real))
+    return torch.stack(distances).mean()
+
+
+def masked_mean(values, mask):
+    """Mean of `values` where `mask` is True; 0, not NaN, where it is True nowhere."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def labels_at(labels, size):
+    """Labels (N, H, W) at another resolution, by nearest neighbour."""
+    if labels.shape[-2:] == tuple(size):
+        return labels
+    return F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+
+
+def make_adapters(student_channels, teacher_channels):
+    """The 1x1 convolutions A_l from the student's channels to the teacher's, by level."""
+    return nn.ModuleDict(
+        {
+            level: nn.Conv2d(student_channels[level], channels, kernel_size=1)
+            for level, channels in teacher_channels.items()
+        }
+    )
+
+
+def feature_channels(student):
+    """{level: channels} of a student's features."""
+    parameter = next(student.parameters())
+    was_training = student.training
+    with torch.no_grad():
+        image = torch.zeros(1, 3, 64, 64, device=parameter.device)
+        features = student.eval()(image, return_features=True)[1]
+    student.train(was_training)
+    return {level: feature.shape[1] for level, feature in features.items()}
+
+
+# --------------------------------------------------------------------- a student from its file
+
+
+def load_student(path):
+    """Rebuild a student from its checkpoint: `(model in eval mode, the checkpoint's dict)`.
+
+    Raises:
+        DataError: the file is missing, truncated, no checkpoint of this project, or would run code
+            (it is read with `weights_only=True`, which never executes any).
+    """
+    checkpoint = read_checkpoint(path)
+    name = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if name not in STUDENTS or "model_state_dict" not in checkpoint:
+        raise DataError(f"{path} is not a checkpoint of this project (written by train.py)")
+    student = STUDENTS[name](checkpoint.get("num_classes", NUM_CLASSES), pretrained=False)
+    try:
+        student.load_state_dict(checkpoint["model_state_dict"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit the model '{name}' it names: {first}") from error
+    return student.eval(), checkpoint
+
+
+def read_checkpoint(path):
+    """The content of a file of `torch.save`, on the CPU, without executing anything in it."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} is not a file of plain weights (it is no checkpoint, or holds code, which is "
+            "never executed)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read; is it truncated? ({first_line(error)})") from error
+
+
+def first_line(error):
+    """The first line of an exception's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# -------------------------------------------------------------------------------------- teachers
+
+
+class Teacher(nn.Module):
+    """A frozen network with taps: `teacher(images) -> {"out", and "low", "mid", "high" if it can}`.
+
+    Args:
+        network: maps (N, 3, H, W) normalised images to a dict of tensors with "out", the logits.
+        name: for reports.
+        taps: {level: module of `network`} whose outputs are the features; None where the network
+            returns them itself.
+
+    Attributes:
+        channels: {"out": classes, level: channels}, seen in a trial run.
+
+    Raises:
+        DataError: it returns no logits, or not for the 21 classes of VOC.
+    """
+
+    def __init__(self, network, name, taps=None):
+        super().__init__()
+        # In a tuple, hidden from parameters(), state_dict() and train(): it must never train, and
+        # the modules of torch.export do not even allow train() and eval() to be called.
+        self._network = (network.requires_grad_(False),)
+        self.name = name
+        self._tapped, self._has_taps = {}, bool(taps)
+        for level, module in (taps or {}).items():
+            module.register_forward_hook(self._remember(level))
+        self.channels = {key: value.shape[1] for key, value in self(self._trial_image()).items()}
+        if self.channels.get("out") != NUM_CLASSES:
+            raise DataError(
+                f"the teacher {name} gives {self.channels.get('out', 'no')} classes; VOC has "
+                f"{NUM_CLASSES}"
+            )
+
+    def _remember(self, level):
+        def hook(module, inputs, output):
+            self._tapped[level] = output
+
+        return hook
+
+    def _trial_image(self):
+        parameter = next(self._network[0].parameters())
+        return torch.zeros(2, 3, 65, 65, device=parameter.device)
+
+    @torch.no_grad()
+    def forward(self, images, logits=True):
+        """Outputs for (N, 3, H, W) normalised images; `logits=False` skips the head where it can."""
+        network = self._network[0]
+        if not logits and self._has_taps:
+            network.backbone(images)
+            outputs = {}
+        else:
+            outputs = network(images)
+        outputs = {key: outputs[key] for key in ("out", *LEVELS) if key in outputs}
+        outputs |= {level: self._tapped.pop(level) for level in LEVELS if level in self._tapped}
+        return outputs
+
+    def train(self, mode=True):
+        """Stays in eval mode, whatever is asked."""
+        return self
+
+    def require(self, levels):
+        """Raise a DataError if one of the feature levels is missing."""
+        missing = [level for level in levels if level not in self.channels]
+        if missing:
+            raise DataError(
+                f"the teacher {self.name} has no features {', '.join(missing)}, which feature mode "
+                "needs; choose another --teacher, other --kd_levels, or --kd_mode response"
+            )
+
+
+class StudentAsTeacher(nn.Module):
+    """A student of this project with the interface of a teacher's network."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, images):
+        logits, features = self.student(images, return_features=True)
+        return {"out": logits} | features
+
+
+def load_teacher(name="fcn_resnet50", weights_file=None, device="cpu"):
+    """A frozen teacher.
+
+    Args:
+        name: a torchvision segmentation model (`fcn_resnet50`, `deeplabv3_resnet101`, ...), whose
+            COCO_WITH_VOC_LABELS_V1 weights are downloaded on first use; or a file: the `.pth` of a
+            student of this project, or the `.pt2` of `torch.export` of a network that returns a
+            dict with "out" and, for feature mode, "low", "mid", "high".
+        weights_file: a state dict on disk in place of the download.
+        device: where it runs.
+
+    Raises:
+        UsageError: no such model. DataError: its file is missing, damaged or does not fit.
+        OSError: the weights could not be downloaded.
+    """
+    if str(name).endswith(".pt2"):
+        return Teacher(read_exported(name, device), Path(name).name)
+    if str(name).endswith((".pth", ".pt")):
+        student, checkpoint = load_student(name)
+        return Teacher(StudentAsTeacher(student).to(device).eval(), Path(name).name)
+    known = models.list_models(module=models.segmentation)
+    if name not in known:
+        raise UsageError(
+            f"--teacher {name} is neither a .pth or .pt2 file nor one of {', '.join(known)}"
+        )
+    network = torchvision_teacher(name, weights_file).to(device).eval()
+    network.aux_classifier = None  # only ever used in training
+    label = name if weights_file is None else f"{name} ({Path(weights_file).name})"
+    return Teacher(network, label, backbone_taps(network.backbone))
+
+
+def torchvision_teacher(name, weights_file):
+    """A torchvision segmentation model with its VOC weights, downloaded or from a file."""
+    if weights_file is None:
+        weights = models.get_model_weights(name).COCO_WITH_VOC_LABELS_V1
+        try:
+            return models.get_model(name, weights=weights, weights_backbone=None)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise OSError(
+                f"the weights of the teacher {name} could not be loaded "
+                f"({first_line(error)}). Delete the file in {torch.hub.get_dir()}/checkpoints if it "
+                f"is damaged, or download {weights.url} and name it with --teacher_weights."
+            ) from error
+    state = read_checkpoint(weights_file)
+    aux = {"aux_loss": True} if any(key.startswith("aux_classifier") for key in state) else {}
+    network = models.get_model(name, weights=None, weights_backbone=None, **aux)
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"--teacher_weights {weights_file} does not fit {name}: {last}") from error
+    return network
+
+
+def backbone_taps(backbone):
+    """The modules of a torchvision segmentation backbone that give low, mid and high features."""
+    children = dict(backbone.named_children())
+    if "layer4" in children:  # a ResNet: strides 4, 8, 8 (dilated)
+        return {"low": children["layer1"], "mid": children["layer2"], "high": children["layer4"]}
+    # A MobileNet, numbered blocks: the last ones at strides 4 and 8, and the last of all.
+    taps, size = {}, 128
+    x = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    with torch.no_grad():
+        for module in children.values():
+            x = module(x)
+            level = {4: "low", 8: "mid"}.get(size // x.shape[-1], "high")
+            taps[level] = module
+    return taps
+
+
+def read_exported(path, device):
+    """The module of a `.pt2` file of `torch.export`, frozen as it was exported."""
+    if not Path(path).is_file():
+        raise DataError(f"--teacher {path} does not exist")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # torch.export raises many kinds for a file that is not its own
+        raise DataError(
+            f"--teacher {path} is not a file of torch.export.save ({first_line(error)})"
+        ) from error
+    if torch.device(device).type != "cpu":
+        program = torch.export.passes.move_to_device_pass(program, str(device))
+    return program.module()
+
+
+# ------------------------------------------------------------- the teacher, once for each image
+
+CELLS = {"out": 4, "low": 4, "mid": 8, "high": 16}  # pixels of a crop for one value of each map
+KEPT_STRIDES = {"out": 8, "low": 4, "mid": 8, "high": 16}  # the same on disk, of the teacher's input
+
+
+def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identity=""):
+    """Run the teacher once over every whole image, and keep what it said on disk.
+
+    The teacher sees the whole image at its best resolution, not the scaled crops of training, so it
+    is more often right; and training pays for it once, not at every step.
+
+    Args:
+        items, pixels: the images, and their `pixel_cache` or None.
+        size: the longest side that the teacher sees, in pixels.
+        keys: which of "out", "low", "mid", "high" to keep.
+        identity: what tells this teacher from others, besides its name.
+
+    Returns:
+        {key: (ArrayStore of (C, h, w) float16, cell)} for `VOCDataset`; None where the disk has no
+        room.
+    """
+    identity = (teacher.name, identity, size, tuple(keys), CACHE_VERSION)
+    folder = Path(cache_dir) / f"teacher-{fingerprint(items, identity)}"
+    needed = sum(
+        2 * teacher.channels[key] * (size / KEPT_STRIDES[key]) ** 2 * len(items) for key in keys
+    )
+    if not folder.is_dir() and not has_room(cache_dir, needed, "teacher cache"):
+        return None
+
+    def fill(unfinished):
+        writers = {key: ArrayStoreWriter(unfinished, key, np.float16) for key in keys}
+        for index in tqdm(
+            range(len(items)), f"asking {teacher.name}", unit="img", leave=False, disable=None
+        ):
+            image = pixels[0][index] if pixels else read_item(items[index])[0]
+            image = torch.from_numpy(image).permute(2, 0, 1).to(device)
+            for key, value in whole_image_maps(teacher, image, size, keys).items():
+                writers[key].append(value.numpy())
+        for writer in writers.values():
+            writer.close()
+
+    cached(folder, fill)
+    return {key: (ArrayStore(folder, key), CELLS[key]) for key in keys}
+
+
+def whole_image_maps(teacher, image, size, keys):
+    """{key: (C, h, w) float16 on the CPU} for a (3, H, W) uint8 image, at `KEPT_STRIDES`."""
+    image = resize_longest(image, size)
+    outputs = teacher(normalise(image[None]), logits="out" in keys)
+    maps = {}
+    for key in keys:
+        value = outputs[key].float()
+        cells = [max(1, round(side / KEPT_STRIDES[key])) for side in image.shape[-2:]]
+        if value.shape[-2] > cells[0]:  # averaged down, never blown up
+            value = F.interpolate(value, size=cells, mode="area")
+        maps[key] = value[0].half().cpu()
+    return maps

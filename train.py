@@ -1,0 +1,855 @@
+"""Train a compact student on PASCAL VOC 2012, alone or taught by a larger network.
+
+    python train.py --model ultracompact --kd_mode none
+    python train.py --model ultracompact --kd_mode response
+    python train.py --model ultracompact --kd_mode feature
+    python train.py --data_root sample --no_pretrained --epochs 3      # a try without any download
+    torchrun --nproc_per_node=2 train.py ...                           # two GPUs
+
+One loop for all modes: the mode changes the criterion, nothing else. The same command again
+continues a run that was cut off, from its last whole epoch, to the same weights.
+
+Leaves in --save_dir, {run} being {model}_{kd_mode}:
+    best_model_{run}.pth       the weights with the best val mIoU      (test.py reads these)
+    last_{run}.pth             everything a resume needs, every epoch
+    epoch_{n}_{run}.pth        a kept copy of the weights every 10 epochs
+    training_report_{run}.txt, training_curves_{run}.png, history_{run}.jsonl
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import interpolate
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import kd_losses
+import voc_data
+from voc_data import DataError, UsageError
+
+# Settings that may change when a run is continued: they do not change what it computes.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir", "pixel_cache",
+    "epochs", "patience", "checkpoint_interval", "teacher_weights",
+}  # fmt: skip
+CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wait for the device
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description="Train a compact segmentation network on VOC 2012, with or without a teacher.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=kd_losses.STUDENTS, default="ultracompact", help="student")
+    group.add_argument(
+        "--no_pretrained", action="store_true", help="start from random, not ImageNet, weights"
+    )
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--kd_mode", choices=("none", "response", "feature"), default="none", help="what is learnt "
+        "from the teacher: nothing, its output distributions, or its features",
+    )  # fmt: skip
+    group.add_argument(
+        "--teacher", default="fcn_resnet50", help="a torchvision segmentation model, a checkpoint "
+        "(.pth) of this project, or a .pt2 file of torch.export",
+    )  # fmt: skip
+    group.add_argument("--teacher_weights", metavar="FILE", help="a state dict for --teacher, on disk")
+    group.add_argument("--temperature", type=float, default=1.0, help="T of the response loss")
+    group.add_argument("--alpha", type=float, default=1.0, help="weight of the cross-entropy")
+    group.add_argument(
+        "--beta", type=float, help="weight of the distillation loss (default: 1 for response, 5 for "
+        "feature)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kd_levels", nargs="+", choices=kd_losses.LEVELS, default=["high"],
+        help="levels that feature mode matches",
+    )  # fmt: skip
+    group.add_argument(
+        "--teacher_cache", choices=("auto", "none"), default="auto", help="auto: ask the teacher "
+        "once about each whole image and keep it on disk; none: ask it about every training crop",
+    )  # fmt: skip
+    group.add_argument(
+        "--teacher_size", type=int, default=513, help="longest side the teacher sees, in pixels"
+    )
+    group.add_argument(
+        "--extra_images", metavar="DIR", help="photographs without masks, for the distillation term "
+        "alone; 'voc' takes every JPEG of the VOC tree that has no mask",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_root", help="where VOC 2012 is, in any usual layout, or 'sample'; without it, looks "
+        "in ./data, /content/data and kagglehub's cache, then downloads",
+    )  # fmt: skip
+    group.add_argument("--train_split", default="train", help="list in ImageSets/Segmentation")
+    group.add_argument("--val_split", default="val", help="the same, for validation")
+    group.add_argument(
+        "--allow_val_in_train", action="store_true", help="train on images that are validated on"
+    )
+    group.add_argument("--crop_size", type=int, default=256, help="side of a training crop, pixels")
+    group.add_argument(
+        "--scale", type=float, nargs=2, default=(0.5, 2.0), metavar=("MIN", "MAX"),
+        help="random scale of a training image",
+    )  # fmt: skip
+    group.add_argument("--colour_jitter", type=float, default=0.3, help="strength, 0..1")
+    group.add_argument(
+        "--eval_size", type=int, default=0, help="longest side in validation; 0 keeps the image's"
+    )
+    group.add_argument(
+        "--pixel_cache", choices=("auto", "none"), default="auto", help="auto: decode each JPEG once "
+        "into a file of pixels, if the disk has room; none: decode in every epoch",
+    )  # fmt: skip
+    group.add_argument("--cache_dir", default="cache", help="where both caches are kept")
+    group.add_argument(
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes"
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, default=60, help="passes over the training images")
+    group.add_argument("--batch_size", type=int, default=16, help="images a step, for each process")
+    group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
+    group.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (of the head)")
+    group.add_argument(
+        "--backbone_lr_factor", type=float, default=0.3, help="the backbone's rate over --lr"
+    )
+    group.add_argument("--weight_decay", type=float, default=0.01, help="not on norms and biases")
+    group.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="rate by step")
+    group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    group.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights; 0: off")
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+    group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    group.add_argument(
+        "--amp", choices=("auto", "off", "float16", "bfloat16"), default="auto",
+        help="mixed precision; auto: the best of the GPU, off elsewhere",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--save_dir", default="checkpoints", help="where results are written")
+    group.add_argument(
+        "--resume", default="auto", metavar="auto|none|FILE", help="auto: continue from "
+        "last_*.pth in --save_dir if it is there; none: start afresh; FILE: continue from it",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action="store_true", help="allow a fresh start to replace older results"
+    )
+    group.add_argument("--val_every", type=int, default=1, help="epochs between validations")
+    group.add_argument(
+        "--patience", type=int, default=0, help="stop after so many validations without a better "
+        "mIoU; 0: never",
+    )  # fmt: skip
+    group.add_argument("--checkpoint_interval", type=int, default=10, help="epochs per kept copy")
+    return parser
+
+
+def main(args):
+    check_args(args)
+    setup_processes(args)
+    run_name = f"{args.model}_{args.kd_mode}"
+    files = RunFiles(Path(args.save_dir), run_name)
+    resumed = find_resume(args, files)
+
+    root, train_items, val_items = find_data(args)
+    args.data_key = data_key(train_items, val_items)
+    if resumed:
+        check_same_settings(args, resumed)
+    seed_everything(args.seed, epoch=0, rank=args.rank)
+    teacher = build_teacher(args)
+    train_data, val_data = build_loaders(args, train_items, val_items, teacher)
+    trainer = Training(args, teacher, len(train_data))
+    if resumed:
+        trainer.load_state_dict(resumed)
+    if trainer.epoch >= args.epochs:
+        say(args, f"{files.last} has all {args.epochs} epochs: nothing left to do "
+                  "(--resume none --overwrite starts afresh)")  # fmt: skip
+        return
+    describe_run(args, root, train_items, val_items, trainer)
+
+    try:
+        run_epochs(args, trainer, train_data, val_data, files)
+    except (KeyboardInterrupt, SystemExit):
+        say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are saved. "
+                  "The same command again goes on from there.")  # fmt: skip
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_epochs(args, trainer, train_data, val_data, files):
+    """Train to the end, or until patience runs out; save after every epoch."""
+    while trainer.epoch < args.epochs and not trainer.out_of_patience():
+        record = trainer.train_one_epoch(train_data)
+        last = trainer.epoch + 1 == args.epochs
+        if (trainer.epoch + 1) % args.val_every == 0 or last:
+            record |= trainer.validate(val_data)
+        trainer.finish_epoch(record)
+        if args.rank == 0:
+            save_epoch(args, trainer, files, record)
+            print(epoch_line(args, trainer.history), flush=True)
+    if trainer.out_of_patience():
+        say(args, f"no better mIoU in {args.patience} validations: stopped early")
+    if args.rank == 0:
+        write_summary(args, trainer, files)
+        best = trainer.best
+        print(f"best val mIoU {best['miou']:.4f} (epoch {best['epoch']}) | "
+              f"{trainer.parameters:,} parameters | score {trainer.score(best['miou']):.4f} | "
+              f"{files.best}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def check_args(args):
+    """Refuse values that cannot work, before anything is read or written."""
+    rules = [
+        ("epochs", args.epochs >= 1, "at least 1"),
+        ("batch_size", args.batch_size >= 1, "at least 1"),
+        ("lr", args.lr > 0, "positive"),
+        ("temperature", args.temperature > 0, "positive"),
+        ("alpha", args.alpha >= 0, "0 or more"),
+        ("beta", args.beta is None or args.beta >= 0, "0 or more"),
+        ("crop_size", args.crop_size >= 33, "at least 33"),
+        ("scale", 0 < args.scale[0] <= args.scale[1], "two positive numbers, the smaller first"),
+        ("colour_jitter", 0 <= args.colour_jitter <= 1, "in 0..1"),
+        ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
+        ("teacher_size", args.teacher_size >= 33, "at least 33"),
+        ("workers", args.workers >= 0, "0 or more"),
+        ("weight_decay", args.weight_decay >= 0, "0 or more"),
+        ("backbone_lr_factor", args.backbone_lr_factor >= 0, "0 or more"),
+        ("warmup", args.warmup >= 0, "0 or more"),
+        ("ema", 0 <= args.ema < 1, "in 0..1, 1 excluded"),
+        ("val_every", args.val_every >= 1, "at least 1"),
+        ("patience", args.patience >= 0, "0 or more"),
+        ("checkpoint_interval", args.checkpoint_interval >= 1, "at least 1"),
+    ]
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
+    if args.beta is None:
+        args.beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[args.kd_mode]
+    if args.extra_images and args.kd_mode == "none":
+        raise UsageError("--extra_images has no masks to learn from without a teacher (--kd_mode)")
+    args.scale = list(args.scale)
+
+
+def find_resume(args, files):
+    """The state to continue from, or None for a fresh start that is allowed to write."""
+    path = {"auto": files.last, "none": None}.get(args.resume, Path(args.resume))
+    if path and (args.resume != "auto" or path.is_file()):
+        state = kd_losses.read_checkpoint(path)
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise DataError(f"{path} is not a last_*.pth of train.py: it cannot be continued from")
+        return state
+    if files.best.exists() and not args.overwrite:
+        raise UsageError(
+            f"{files.best} exists and there is no run to continue: name another --save_dir, or "
+            "allow the replacement with --overwrite"
+        )
+    return None
+
+
+def check_same_settings(args, resumed):
+    """Refuse to continue a run with other settings, and say which."""
+    now, before = settings_of(args), resumed["settings"]
+    differing = [
+        f"{name} (was {before.get(name)}, now {now.get(name)})"
+        for name in sorted(now.keys() | before.keys())
+        if name not in FREE_ON_RESUME and now.get(name) != before.get(name)
+    ]
+    if args.epochs < resumed["epoch"]:
+        differing.append(f"epochs ({resumed['epoch']} are done, now {args.epochs})")
+    if differing:
+        raise UsageError(
+            f"cannot continue {args.model}_{args.kd_mode} with other settings: "
+            f"{'; '.join(differing)}. Nothing was changed. Use the old settings, another "
+            "--save_dir, or --resume none --overwrite to start afresh"
+        )
+
+
+def settings_of(args):
+    """The flags as plain values, for checkpoints and reports."""
+    hidden = {"rank", "world_size", "torch_device", "data_summary"}
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    settings["teacher"] = Path(args.teacher).name if args.kd_mode != "none" else None
+    return settings
+
+
+# ----------------------------------------------------------------------------------- processes
+
+
+def setup_processes(args):
+    """Choose the device, and join the other processes if torchrun started several."""
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    args.torch_device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if args.torch_device.type == "cuda":
+        torch.cuda.set_device(args.torch_device)
+        torch.backends.cudnn.benchmark = True
+    if args.world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if args.torch_device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # caches are built inside
+
+
+def choose_device(name, local_rank):
+    """The torch device of a name, or the best there is.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name} is not available here ({kd_losses.first_line(error)})"
+        ) from error
+    return device
+
+
+def say(args, text):
+    """Print on the first process alone."""
+    if args.rank == 0:
+        print(text, flush=True)
+
+
+def seed_everything(seed, epoch, rank):
+    """Make all that is random a function of (seed, epoch, rank), so that a resume needs no more."""
+    torch.manual_seed(seed * 1_000_003 + epoch * 1_009 + rank)
+    np.random.seed((seed * 1_000_003 + epoch * 1_009 + rank) % 2**32)
+    random.seed(seed * 1_000_003 + epoch * 1_009 + rank)
+
+
+def local_first(args, work):
+    """Run `work()` on one process of each machine before the others, which find its result."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank == 0:
+        result = work()
+    if dist.is_initialized():
+        dist.barrier()
+    return result if local_rank == 0 else work()
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def find_data(args):
+    """The VOC folder, the training items (extra images last) and the validation items."""
+    root = local_first(args, lambda: voc_data.find_voc(args.data_root, download=True))
+    train_items = voc_data.list_items(root, args.train_split)
+    val_items = voc_data.list_items(root, args.val_split)
+    val_ids = {item.id for item in val_items}
+    if args.extra_images:
+        excluded = {item.id for item in train_items} | val_ids
+        train_items += voc_data.list_extra_images(args.extra_images, root, excluded)
+    shared = sorted(val_ids & {item.id for item in train_items})
+    if shared and not args.allow_val_in_train:
+        raise UsageError(
+            f"{len(shared)} images of --train_split {args.train_split} are in --val_split "
+            f"{args.val_split} too ({', '.join(shared[:3])}, ...): the report would be on images "
+            "that were trained on. Choose other lists, or ask for it with --allow_val_in_train"
+        )
+    return root, train_items, val_items
+
+
+def data_key(train_items, val_items):
+    """A short key of which images a run trains and validates on, wherever they lie."""
+    names = "\n".join(item.id for item in train_items) + "\n\n"
+    names += "\n".join(item.id for item in val_items)
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
+def build_teacher(args):
+    """The frozen teacher of a run; None in mode none."""
+    if args.kd_mode == "none":
+        return None
+    teacher = local_first(
+        args,
+        lambda: kd_losses.load_teacher(args.teacher, args.teacher_weights, args.torch_device),
+    )
+    if args.kd_mode == "feature":
+        teacher.require(args.kd_levels)
+    return teacher
+
+
+def build_loaders(args, train_items, val_items, teacher):
+    """Loaders of training and validation, over the caches if they are wanted and fit."""
+    pixels = maps = None
+    if args.pixel_cache == "auto":
+        pixels = local_first(
+            args, lambda: voc_data.pixel_cache(train_items, args.cache_dir, args.workers)
+        )
+    if teacher and args.teacher_cache == "auto":
+        keys = ["out"] if args.kd_mode == "response" else args.kd_levels
+        source = Path(args.teacher_weights or args.teacher)
+        identity = (source.stat().st_size, source.stat().st_mtime_ns) if source.is_file() else ""
+        maps = local_first(
+            args,
+            lambda: kd_losses.teacher_cache(
+                teacher, train_items, pixels, args.cache_dir, args.teacher_size, keys,
+                args.torch_device, identity,
+            ),
+        )  # fmt: skip
+    train_set = voc_data.VOCDataset(
+        train_items,
+        voc_data.train_transform(args.crop_size, args.scale, args.colour_jitter),
+        pixels,
+        maps,
+    )
+    val_set = voc_data.VOCDataset(val_items, voc_data.EvalTransform(args.eval_size))
+    shard = {"workers": args.workers, "rank": args.rank, "world_size": args.world_size}
+    on_cuda = args.torch_device.type == "cuda"
+    return (
+        voc_data.train_loader(train_set, args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard),
+        voc_data.eval_loader(val_set, **shard),
+    )
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class StudentAndAdapters(nn.Module):
+    """What DistributedDataParallel wraps: the student, and the adapters of feature mode.
+
+    `images -> (logits, {level: adapted features})`; the dict is empty without adapters.
+    """
+
+    def __init__(self, student, adapters):
+        super().__init__()
+        self.student, self.adapters = student, adapters
+
+    def forward(self, images):
+        if not len(self.adapters):
+            return self.student(images), {}
+        logits, features = self.student(images, return_features=True)
+        return logits, {level: adapt(features[level]) for level, adapt in self.adapters.items()}
+
+
+def compute_losses(args, logits, features, labels, taught):
+    """The criterion of the mode: {"loss", "ce", "kd"}, float32 scalars.
+
+    Args:
+        logits: (N, C, H, W) of the student.
+        features: {level: (N, C_l, h, w)}, adapted, in feature mode.
+        labels: (N, H, W).
+        taught: what the teacher says, by key: "out" in response mode (at 1/4 of the resolution when
+            it comes from the cache), levels in feature mode.
+    """
+    losses = {"ce": kd_losses.cross_entropy(logits, labels)}
+    if args.kd_mode == "response":
+        size = taught["out"].shape[-2:]
+        if size != logits.shape[-2:]:
+            logits = interpolate(logits.float(), size=size, mode="bilinear")
+        losses["kd"] = kd_losses.response_based_kd_loss(
+            logits, taught["out"], kd_losses.labels_at(labels, size), args.temperature
+        )
+    elif args.kd_mode == "feature":
+        losses["kd"] = kd_losses.feature_based_kd_loss(features, taught, labels)
+    else:
+        losses["kd"] = torch.zeros_like(losses["ce"])
+    losses["loss"] = args.alpha * losses["ce"] + args.beta * losses["kd"]
+    return losses
+
+
+class Training:
+    """The state of a run, and what an epoch does to it."""
+
+    def __init__(self, args, teacher, steps_per_epoch):
+        self.args, self.teacher, self.steps_per_epoch = args, teacher, steps_per_epoch
+        self.device = args.torch_device
+        on_cuda = self.device.type == "cuda"
+        self.student = kd_losses.STUDENTS[args.model](pretrained=not args.no_pretrained)
+        self.parameters = sum(p.numel() for p in self.student.parameters())
+        levels = args.kd_levels if args.kd_mode == "feature" else []
+        self.adapters = kd_losses.make_adapters(
+            kd_losses.feature_channels(self.student) if levels else {},
+            {level: teacher.channels[level] for level in levels},
+        )
+        if on_cuda and args.world_size > 1:
+            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
+        self.memory_format = torch.channels_last if on_cuda else torch.contiguous_format
+        module = StudentAndAdapters(self.student, self.adapters)
+        self.module = module.to(self.device, memory_format=self.memory_format)
+        if args.world_size > 1:
+            device_ids = [self.device.index] if on_cuda else None
+            self.module = DistributedDataParallel(self.module, device_ids=device_ids)
+        self.averaged = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.optimizer = build_optimizer(args, self.student, self.adapters)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.amp_dtype = choose_amp(args.amp, self.device)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp_dtype == torch.float16)
+        self.epoch = 0  # whole epochs done
+        self.best, self.since_best, self.history = {"miou": -1.0, "epoch": 0}, 0, []
+
+    def autocast(self):
+        """The mixed-precision context of a forward pass; does nothing when AMP is off."""
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
+
+    def train_one_epoch(self, loader):
+        """One pass over the training images; returns the means of the losses and the speed."""
+        args, start = self.args, time.time()
+        seed_everything(args.seed, self.epoch, args.rank)
+        loader.sampler.set_epoch(self.epoch)
+        self.module.train()
+        totals = torch.zeros(3, device=self.device)
+        recent = deque(maxlen=CHECK_EVERY)  # (loss, indices of the batch), for a message
+        label = f"epoch {self.epoch + 1}/{args.epochs}"
+        progress = tqdm(loader, label, unit="batch", leave=False, disable=None if args.rank == 0 else True)
+        for step, batch in enumerate(progress):
+            losses = self.step(batch, self.epoch * self.steps_per_epoch + step)
+            totals += torch.stack([losses["loss"], losses["ce"], losses["kd"]]).detach()
+            recent.append((losses["loss"].detach(), batch["index"]))
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(loader):
+                self.check_finite(recent, step, loader.dataset.items)
+                progress.set_postfix(loss=f"{totals[0].item() / (step + 1):.3f}")
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+            totals /= args.world_size
+        loss, ce, kd = (totals / len(loader)).tolist()
+        seconds = time.time() - start
+        images = len(loader) * args.batch_size * args.world_size
+        return {
+            "epoch": self.epoch + 1, "loss": loss, "ce": ce, "kd": kd,
+            "lr": self.optimizer.param_groups[-1]["lr"], "images": images,
+            "seconds": seconds, "images_per_second": images / seconds,
+        }  # fmt: skip
+
+    def step(self, batch, global_step):
+        """One update of the weights; returns the losses, on the device."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        labels = batch["mask"].to(self.device, non_blocking=True).long()
+        images = voc_data.normalise(images, batch["colour"])
+        images = images.contiguous(memory_format=self.memory_format)
+        self.set_rate(global_step)
+        with self.autocast():
+            taught = self.ask_teacher(images, batch)
+            logits, features = self.module(images)
+        losses = compute_losses(self.args, logits, features, labels, taught)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses["loss"]).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.update_average(global_step)
+        return losses
+
+    def ask_teacher(self, images, batch):
+        """The teacher's maps for a batch: from the cache if the batch brought them, else live."""
+        if self.teacher is None:
+            return {}
+        cached = {key: batch[key] for key in self.teacher.channels if key in batch}
+        if cached:
+            return {key: value.to(self.device, non_blocking=True) for key, value in cached.items()}
+        return self.teacher(images, logits=self.args.kd_mode == "response")
+
+    def set_rate(self, step):
+        """The learning rate of a step: linear warm-up, then down to 0 along the schedule."""
+        total = self.args.epochs * self.steps_per_epoch
+        done = step / total
+        factor = (1 - done) ** 0.9
+        if self.args.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * done))
+        factor *= min(1.0, (step + 1) / max(1, self.args.warmup))
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates):
+            group["lr"] = rate * factor
+
+    @torch.no_grad()
+    def update_average(self, step):
+        """Move the averaged weights and BatchNorm statistics towards the current ones."""
+        decay = min(self.args.ema, (1 + step) / (10 + step))  # follows closely at first
+        pairs = list(zip(self.averaged.state_dict().values(), self.student.state_dict().values()))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+        for averaged, current in pairs:
+            if not averaged.is_floating_point():  # BatchNorm's count of batches
+                averaged.copy_(current)
+
+    def check_finite(self, recent, last_step, items):
+        """Stop the run if one of the last losses is NaN or infinite."""
+        losses = torch.stack([loss for loss, _ in recent])
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step = last_step - len(recent) + 1 + bad[0]
+            names = ", ".join(items[index].id for index in recent[bad[0]][1].tolist())
+            raise DataError(
+                f"the loss is {losses[bad[0]].item()} in epoch {self.epoch + 1}, step {step + 1} "
+                f"(images {names}). Nothing of this epoch was saved. Try a lower --lr, or --amp off"
+            )
+
+    def validate(self, loader):
+        """mIoU and loss of the averaged weights on the validation split."""
+        start = time.time()
+        result = voc_data.evaluate(self.averaged, loader, self.device, self.autocast)
+        return {
+            "val_loss": result.loss, "val_miou": result.matrix.miou,
+            "val_pixel_accuracy": result.matrix.pixel_accuracy, "val_seconds": time.time() - start,
+        }  # fmt: skip
+
+    def finish_epoch(self, record):
+        """Count a whole epoch, and note whether it is the best so far."""
+        self.epoch += 1
+        self.history.append(record)
+        if "val_miou" not in record:
+            return
+        self.since_best += 1
+        if record["val_miou"] > self.best["miou"]:
+            self.best = {"miou": record["val_miou"], "epoch": self.epoch}
+            self.since_best = 0
+
+    def out_of_patience(self):
+        """True when early stopping is on and due."""
+        return 0 < self.args.patience <= self.since_best
+
+    def score(self, miou):
+        """4 * mIoU / (1 + parameters in millions)."""
+        return 4 * miou / (1 + self.parameters / 1e6)
+
+    def shipped(self):
+        """The content of a best_model file: the averaged weights and plain values."""
+        args = self.args
+        return {
+            "model_state_dict": {key: value.cpu() for key, value in self.averaged.state_dict().items()},
+            "model": args.model, "kd_mode": args.kd_mode, "num_classes": voc_data.NUM_CLASSES,
+            "eval_size": args.eval_size, "miou": self.history[-1].get("val_miou"),
+            "epoch": self.epoch, "parameters": self.parameters, "settings": settings_of(args),
+        }  # fmt: skip
+
+    def state_dict(self):
+        """Everything a resume needs; the random state follows from seed and epoch."""
+        return {
+            "student": self.student.state_dict(), "averaged": self.averaged.state_dict(),
+            "adapters": self.adapters.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "epoch": self.epoch, "best": self.best,
+            "since_best": self.since_best, "history": self.history,
+            "settings": settings_of(self.args),
+        }  # fmt: skip
+
+    def load_state_dict(self, state):
+        """Continue from what `state_dict` gave."""
+        for name in ("student", "averaged", "adapters", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("epoch", "best", "since_best", "history"):
+            setattr(self, name, state[name])
+
+
+def build_optimizer(args, student, adapters):
+    """AdamW or SGD over four groups: backbone at a lower rate, norms and biases without decay."""
+    named = [*student.named_parameters(), *adapters.named_parameters()]
+    groups = []
+    for in_backbone, factor in ((True, args.backbone_lr_factor), (False, 1.0)):
+        for is_weight in (True, False):
+            chosen = [
+                parameter for name, parameter in named
+                if name.startswith("backbone.") == in_backbone and (parameter.ndim > 1) == is_weight
+            ]  # fmt: skip
+            decay = args.weight_decay if is_weight else 0.0
+            groups.append({"params": chosen, "lr": args.lr * factor, "weight_decay": decay})
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, fused=named[0][1].device.type != "mps")
+
+
+def choose_amp(name, device):
+    """The dtype of mixed precision, or None for none."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if name == "float16" and device.type != "cuda":
+        raise UsageError("--amp float16 needs a CUDA device; bfloat16 and off run anywhere")
+    return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+class RunFiles:
+    """The paths a run writes."""
+
+    def __init__(self, folder, run):
+        self.folder, self.run = folder, run
+        self.best, self.last = folder / f"best_model_{run}.pth", folder / f"last_{run}.pth"
+        self.report = folder / f"training_report_{run}.txt"
+        self.curves = folder / f"training_curves_{run}.png"
+        self.history = folder / f"history_{run}.jsonl"
+
+    def kept(self, epoch):
+        """The copy that is kept of an epoch."""
+        return self.folder / f"epoch_{epoch}_{self.run}.pth"
+
+
+def save_epoch(args, trainer, files, record):
+    """Write what an epoch leaves. `last` comes after `best`: a run killed between the two repeats
+    the epoch, and writes the same."""
+    files.folder.mkdir(parents=True, exist_ok=True)
+    if trainer.best["epoch"] == trainer.epoch:
+        save_whole(trainer.shipped(), files.best)
+    if trainer.epoch % args.checkpoint_interval == 0:
+        save_whole(trainer.shipped(), files.kept(trainer.epoch))
+        write_summary(args, trainer, files)
+    lines = "".join(json.dumps(line) + "\n" for line in trainer.history)
+    write_whole(lines.encode(), files.history)
+    save_whole(trainer.state_dict(), files.last)
+
+
+def save_whole(content, path):
+    """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(buffer.getbuffer(), path)
+
+
+def write_whole(data, path):
+    """Write bytes so that a kill at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is as it was.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path} ({error.strerror or error}); what was there before is whole"
+        ) from error
+
+
+def epoch_line(args, history):
+    """The line that is printed after an epoch."""
+    record = history[-1]
+    spent = [line["seconds"] + line.get("val_seconds", 0) for line in history]
+    recent = spent[-max(3, args.val_every) :]
+    left = (args.epochs - record["epoch"]) * sum(recent) / len(recent)
+    parts = [
+        f"epoch {record['epoch']}/{args.epochs}",
+        f"loss {record['loss']:.3f} (ce {record['ce']:.3f} kd {record['kd']:.3f})",
+    ]
+    if "val_miou" in record:
+        parts.append(f"val loss {record['val_loss']:.3f} mIoU {record['val_miou']:.3f}")
+    parts.append(f"{record['images_per_second']:.0f} img/s")
+    parts.append(f"{spent[-1]:.0f} s, {left / 60:.0f} min left")
+    return " | ".join(parts)
+
+
+def describe_run(args, root, train_items, val_items, trainer):
+    """Say what is about to happen."""
+    unlabelled = sum(item.mask is None for item in train_items)
+    extra = f" and {unlabelled} without ground truth" if unlabelled else ""
+    teacher = f", taught by {trainer.teacher.name}" if trainer.teacher else ""
+    continued = f"; continuing after epoch {trainer.epoch}" if trainer.epoch else ""
+    say(args, f"VOC 2012 at {root}: {len(train_items) - unlabelled} training images of "
+              f"'{args.train_split}'{extra}, {len(val_items)} of '{args.val_split}'")  # fmt: skip
+    say(args, f"{args.model} ({trainer.parameters:,} parameters), kd_mode {args.kd_mode}{teacher}, "
+              f"on {device_name(args)}{continued}")  # fmt: skip
+    args.data_summary = {
+        "root": str(root), "train": len(train_items) - unlabelled, "unlabelled": unlabelled,
+        "val": len(val_items),
+    }  # fmt: skip
+
+
+def device_name(args):
+    """The hardware, for people."""
+    if args.torch_device.type == "cuda":
+        name = torch.cuda.get_device_name(args.torch_device)
+    else:
+        name = f"{args.torch_device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return name if args.world_size == 1 else f"{args.world_size} x {name}"
+
+
+def write_summary(args, trainer, files):
+    """Write the report and the curves of the epochs so far."""
+    write_whole(training_report(args, trainer).encode(), files.report)
+    write_whole(training_curves(trainer.history, files.run), files.curves)
+
+
+def training_report(args, trainer):
+    """The text of training_report_*.txt."""
+    history, best, data = trainer.history, trainer.best, args.data_summary
+    validated = [record for record in history if "val_miou" in record]
+    seconds = [record["seconds"] for record in history]
+    lines = [
+        f"Training report: {args.model}, kd_mode {args.kd_mode}",
+        "",
+        "Result",
+        f"  best val mIoU            {best['miou']:.4f} (epoch {best['epoch']})",
+        f"  final val mIoU           {validated[-1]['val_miou'] if validated else math.nan:.4f}",
+        f"  parameters               {trainer.parameters:,}",
+        f"  score                    {trainer.score(best['miou']):.4f}  "
+        "= 4 * mIoU / (1 + parameters in millions)",
+        f"  epochs                   {len(history)} of {args.epochs}",
+        "",
+        "Data",
+        f"  folder                   {data['root']}",
+        f"  training images          {data['train']} ('{args.train_split}')",
+        f"  without ground truth     {data['unlabelled']}",
+        f"  validation images        {data['val']} ('{args.val_split}')",
+        "",
+        "Time",
+        f"  device                   {device_name(args)}, torch {torch.__version__}",
+        f"  training, all epochs     {sum(seconds):.0f} s",
+        f"  training, per epoch      {sum(seconds) / len(seconds):.1f} s",
+        f"  training, per image      {1000 * sum(seconds) / sum(r['images'] for r in history):.2f} ms",
+        f"  validation, per epoch    "
+        f"{sum(r['val_seconds'] for r in validated) / max(1, len(validated)):.1f} s",
+        "",
+        "Settings",
+        *(f"  {name:<24} {value}" for name, value in sorted(settings_of(args).items())),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def training_curves(history, title):
+    """A PNG, as bytes: losses by epoch on the left, val mIoU on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    epochs = [record["epoch"] for record in history]
+    validated = [record for record in history if "val_miou" in record]
+    val_epochs = [record["epoch"] for record in validated]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(epochs, [record["loss"] for record in history], label="train loss")
+    if any(record["kd"] for record in history):
+        left.plot(epochs, [record["ce"] for record in history], "--", label="train cross-entropy")
+    left.plot(val_epochs, [record["val_loss"] for record in validated], label="val cross-entropy")
+    left.set(xlabel="epoch", ylabel="loss", title=title)
+    left.legend()
+    right.plot(val_epochs, [record["val_miou"] for record in validated], color="tab:green")
+    right.set(xlabel="epoch", ylabel="val mIoU", title="mIoU on the validation split")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    voc_data.run_script(main, get_args_parser().parse_args())

@@ -1,0 +1,1033 @@
+"""PASCAL VOC 2012 semantic segmentation: the data and the metric, in one file.
+
+In the order of the file: the classes and the palette; finding, downloading and checking the data in
+whatever folders people have it; a synthetic sample that needs no download; reading one image with
+its mask; the decode-once cache; transforms that move image, mask and teacher maps together; the
+dataset and its loaders; the confusion matrix and `evaluate`.
+
+    python voc_data.py --data_root DIR     checks every file of a data set and counts its classes
+    python voc_data.py --download          gets VOC 2012 (2 GB) into ./data
+    python voc_data.py --data_root sample  the same check on the synthetic sample
+
+Reference: Everingham et al. 2015, The PASCAL Visual Object Classes Challenge: A Retrospective,
+https://doi.org/10.1007/s11263-014-0733-5
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from tabulate import tabulate
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+NUM_CLASSES = len(CLASSES)
+VOID = 255  # a pixel without a label: object borders, and padding
+UNLABELLED = 254  # ours, never in a file: a real pixel of an image that has no ground truth
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def voc_palette():
+    """The VOC colour map, `(256, 3)` uint8: bit k of the label goes to bit 7-k/3 of channel k%3."""
+    labels = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((labels >> (3 * bit + channel)) & 1) << (7 - bit)).astype(
+                np.uint8
+            )
+    return palette
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+class DataError(Exception):
+    """Something on disk is missing or broken. The message is for a person; exit status 1."""
+
+
+class UsageError(Exception):
+    """A flag, or flags that do not go together. The message is for a person; exit status 2."""
+
+
+def run_script(main, args):
+    """Run `main(args)`; end in one line on stderr and a status, never in a traceback, on errors of
+    use (2), of data or the file system (1), and on Ctrl-C or SIGTERM (130 and 143)."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    name = Path(sys.argv[0]).name
+    try:
+        main(args)
+    except UsageError as error:
+        sys.exit(fail(name, error, 2))
+    except (DataError, OSError) as error:
+        sys.exit(fail(name, error, 1))
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(name, error, status):
+    """Print the error as one line and give the status back."""
+    # A DataLoader worker hands its error over inside a traceback; only the message is wanted.
+    message = re.split(r"(?:DataError|UsageError|OSError): ", str(error))[-1].strip()
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------- finding VOC on this disk
+
+LOOKED_IN_BY_DEFAULT = ("data", "/content/data/VOC2012_train_val", "/content/data")
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+ARCHIVE_SUFFIXES = (".tar", ".zip", ".gz", ".tgz", ".7z", ".rar")
+INCOMPLETE = "incomplete_download"
+HOW_TO_GET_VOC = """Ways to get it:
+  python voc_data.py --download                         the official tar (2 GB) into ./data
+  {url}
+                                                        the same by hand: unpack it into ./data
+  kaggle datasets download gopalbhattrai/pascal-voc-2012-dataset --unzip -p data
+                                                        the Kaggle copy, into ./data
+  --data_root DIR                                       a copy that you have, in any usual layout
+  --data_root sample                                    a small synthetic data set, no download"""
+
+
+def find_voc(data_root=None, download=False):
+    """Find a VOC 2012 tree and return the folder that holds `JPEGImages`.
+
+    Args:
+        data_root: where to look: the parent of `VOCdevkit`, `VOCdevkit`, `VOC2012`, a flat folder,
+            or any of these one or two folders deeper (Kaggle doubles them). "sample" makes the
+            synthetic sample. None looks in `./data`, in Colab's `/content/data` and in kagglehub's
+            cache.
+        download: when nothing is found and no `data_root` is given, download VOC into `./data`.
+
+    Raises:
+        DataError: nothing usable was found; the message lists where it looked and what to do.
+    """
+    if data_root == "sample":
+        return make_sample()
+    places = [Path(data_root)] if data_root else default_places()
+    for place in places:
+        found = sorted(voc_folders(place), key=lambda folder: not has_masks(folder))
+        if found and has_masks(found[0]):
+            return found[0]
+        if found and data_root:
+            raise DataError(
+                f"{found[0]} has images but no {MASK_FOLDERS[0]} folder, so no ground truth "
+                "(VOC's test set ships without it). Point --data_root at the train/val part."
+            )
+    if download and not data_root:
+        return download_voc(Path("data"))
+    raise DataError(not_found_message(places))
+
+
+def default_places():
+    """Where VOC is looked for without `--data_root`."""
+    cache = Path(os.environ.get("KAGGLEHUB_CACHE", "~/.cache/kagglehub")).expanduser()
+    kaggle = sorted(cache.glob("datasets/*/*/versions/*"), reverse=True)
+    return [Path(place) for place in LOOKED_IN_BY_DEFAULT] + kaggle
+
+
+def voc_folders(place, depth=3):
+    """Folders at or below `place` that hold VOC 2012 images and lists, nearest first."""
+    level = [Path(place)]
+    for _ in range(depth + 1):
+        below = []
+        for folder in level:
+            if (folder / "JPEGImages").is_dir() and (folder / "ImageSets/Segmentation").is_dir():
+                if not re.fullmatch(r"VOC20(0\d|1[01])", folder.name):  # other years
+                    yield folder
+                continue
+            below += subfolders(folder)
+        level = below
+
+
+def subfolders(folder):
+    """The folders inside a folder, sorted; none where it cannot be read."""
+    try:
+        inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+    return [folder / name for name in inside if name != INCOMPLETE and not name.startswith(".")]
+
+
+def has_masks(folder):
+    """True if a VOC folder has ground truth."""
+    return any((folder / masks).is_dir() for masks in MASK_FOLDERS)
+
+
+def not_found_message(places):
+    """What to tell someone whose data was not found."""
+    lines = ["VOC 2012 was not found. Looked in:"]
+    lines += [f"  {place}" + ("" if place.exists() else " (does not exist)") for place in places]
+    for archive in [archive for place in places for archive in archives(place)]:
+        lines.append(f"{archive} was never unpacked: unpack it there, then run this again.")
+    return "\n".join(lines) + "\n" + HOW_TO_GET_VOC.format(url=DATASET_YEAR_DICT["2012"]["url"])
+
+
+def archives(place):
+    """Archives at `place` or one folder below it, that someone may have forgotten to unpack."""
+    if place.is_file():
+        return [place] if place.suffix in ARCHIVE_SUFFIXES else []
+    files = [file for folder in [place, *subfolders(place)] for file in folder.glob("*")]
+    return [file for file in files if file.suffix in ARCHIVE_SUFFIXES and file.is_file()]
+
+
+def download_voc(folder):
+    """Download VOC 2012 train/val (2 GB) by torchvision into `folder`, md5-checked.
+
+    A download that was cut off starts again; the unpacked tree appears under its name only when it
+    is whole.
+    """
+    voc = DATASET_YEAR_DICT["2012"]
+    print(f"downloading VOC 2012 from {voc['url']} into {folder}")
+    unpacked = folder / INCOMPLETE
+    shutil.rmtree(unpacked, ignore_errors=True)
+    try:
+        download_and_extract_archive(
+            voc["url"], folder, unpacked, filename=voc["filename"], md5=voc["md5"]
+        )
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"the download failed ({error}).\n{not_found_message([folder])}") from error
+    (unpacked / "VOCdevkit").rename(folder / "VOCdevkit")
+    unpacked.rmdir()
+    return folder / "VOCdevkit" / "VOC2012"
+
+
+def read_split(root, split):
+    """The image ids of `ImageSets/Segmentation/<split>.txt`.
+
+    Lines may be bare ids, or the `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png` of DeepLab's
+    trainaug list.
+
+    Raises:
+        DataError: the list is missing or empty.
+    """
+    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
+        raise DataError(f"{path} does not exist; the splits of this data set: {known}")
+    ids = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    if not ids:
+        raise DataError(f"{path} is empty: it should hold one image id a line")
+    return ids
+
+
+# -------------------------------------------------------------------------- the synthetic sample
+
+SAMPLE_VERSION = 1
+SAMPLE_COUNTS = {"train": 240, "val": 60}
+
+
+def make_sample(folder=None):
+    """Make the synthetic sample, if it is not there yet, and return its folder.
+
+    Twenty kinds of object, one for each VOC class: five shapes times four textures, so that neither
+    the shape nor the texture alone tells the class; the colour helps but wanders. The ground is a
+    noisy gradient with scratches. VOC layout, palette PNG masks with void borders, JPEG images of
+    many sizes. The same bytes on every machine with the same Pillow; a few seconds, no network.
+    """
+    folder = folder or Path(__file__).resolve().parent / "voc_sample" / f"v{SAMPLE_VERSION}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (unfinished / name).mkdir(parents=True)
+    rng = np.random.default_rng(2012)
+    for split, count in SAMPLE_COUNTS.items():
+        ids = [f"sample_{split}_{number:04d}" for number in range(count)]
+        for image_id in ids:
+            save_sample(unfinished, image_id, *draw_sample(rng))
+        list_file = unfinished / "ImageSets" / "Segmentation" / f"{split}.txt"
+        list_file.write_text("\n".join(ids) + "\n")
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def draw_sample(rng):
+    """One synthetic picture: `(image (H, W, 3) uint8, labels (H, W) uint8)`."""
+    height, width = rng.integers(96, 161, size=2)
+    ramp = np.linspace(0, 1, width)[None, :, None] * rng.uniform(-60, 60, 3)
+    image = rng.uniform(60, 190, 3) + ramp + np.zeros((height, width, 3))
+    scratches = Image.new("L", (int(width), int(height)))
+    for _ in range(8):
+        ends = rng.uniform(0, 1, 4) * [width, height, width, height]
+        ImageDraw.Draw(scratches).line(list(ends), fill=int(rng.integers(20, 90)), width=2)
+    image += np.asarray(scratches)[..., None] * rng.choice([-1, 1])
+    labels = np.zeros((height, width), dtype=np.uint8)
+    for _ in range(rng.integers(1, 4)):
+        draw_object(rng, image, labels, label=int(rng.integers(1, NUM_CLASSES)))
+    image += rng.normal(0, 10, image.shape)
+    labels[label_borders(labels)] = VOID
+    return image.clip(0, 255).astype(np.uint8), labels
+
+
+def draw_object(rng, image, labels, label):
+    """Paint one object of a class into image and labels, in place."""
+    height, width = labels.shape
+    radius = rng.uniform(16, 36)
+    centre = rng.uniform(0.15, 0.85, 2) * [width, height]
+    inside = shape_mask((label - 1) % 5, centre, radius, rng.uniform(-0.3, 0.3), labels.shape)
+    y, x = np.mgrid[:height, :width]
+    period, phase = rng.integers(6, 10), rng.integers(0, 10)
+    stripes = {
+        0: np.ones_like(x, dtype=float),  # plain
+        1: ((x + phase) // (period // 2)) % 2,  # upright stripes
+        2: ((y + phase) // (period // 2)) % 2,  # level stripes
+        3: ((x + phase) // (period // 2) + (y + phase) // (period // 2)) % 2,  # checks
+    }[(label - 1) // 5]
+    hue = (label * 0.618 + rng.normal(0, 0.08)) % 1.0
+    wave = 127 + 127 * np.cos(2 * math.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
+    colour = wave * rng.uniform(0.5, 1.0)
+    texture = colour * (0.45 + 0.55 * stripes[..., None])
+    image[inside] = texture[inside]
+    labels[inside] = label
+
+
+def shape_mask(kind, centre, radius, turn, size):
+    """Where a circle, square, triangle, star or cross lies: `(H, W)` bool."""
+    canvas = Image.new("1", (size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    if kind == 0:
+        (x, y), r = centre, radius * 0.9
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=1)
+    else:
+        corners, dent = {1: (4, 1.0), 2: (3, 1.0), 3: (10, 0.45), 4: (12, 1.0)}[kind]
+        angles = turn + 2 * math.pi * np.arange(corners) / corners
+        reach = np.where(np.arange(corners) % 2, dent, 1.0)
+        if kind == 4:  # a cross: every third corner of twelve lies near the middle
+            angles += np.tile([-0.25, 0.0, 0.25], 4)
+            reach = np.tile([1.0, 0.4, 1.0], 4)
+        points = centre + radius * (reach * [np.cos(angles), np.sin(angles)]).T
+        draw.polygon([tuple(point) for point in points], fill=1)
+    return np.asarray(canvas)
+
+
+def label_borders(labels):
+    """Pixels within two of another label, as the void borders of VOC: `(H, W)` bool."""
+    padded = np.pad(labels, 2, mode="edge")
+    height, width = labels.shape
+    shifted = [
+        padded[2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]
+        for dy, dx in [(-2, 0), (2, 0), (0, -2), (0, 2), (-1, -1), (1, 1), (-1, 1), (1, -1)]
+    ]
+    return np.any([other != labels for other in shifted], axis=0)
+
+
+def save_sample(folder, image_id, image, labels):
+    """Write an image as JPEG and its labels as a palette PNG."""
+    Image.fromarray(image).save(folder / "JPEGImages" / f"{image_id}.jpg", quality=92)
+    mask = Image.fromarray(labels)
+    mask.putpalette(voc_palette().ravel().tolist())  # makes it a palette picture
+    mask.save(folder / "SegmentationClass" / f"{image_id}.png")
+
+
+# ----------------------------------------------------------------- reading an image and its mask
+
+
+class Item(NamedTuple):
+    """One picture of a data set; `mask` is None where there is no ground truth."""
+
+    id: str
+    image: Path
+    mask: Path | None
+
+
+def read_image(path):
+    """Read a picture as RGB, `(H, W, 3)` uint8; grey, CMYK, 16-bit and EXIF-rotated ones too.
+
+    Raises:
+        DataError: the file is missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight
+                return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error})") from error
+
+
+def read_mask(path):
+    """Read a mask as labels, `(H, W)` uint8 of 0..20 and 255.
+
+    Raises:
+        DataError: the file is missing or broken, is not a palette or grey 8-bit PNG, or holds
+            labels that VOC does not have.
+    """
+    try:
+        with Image.open(path) as picture:
+            mode, labels = picture.mode, np.array(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a mask ({error})") from error
+    if mode not in ("P", "L"):
+        raise DataError(
+            f"{path} is a {mode} picture; a mask must be an 8-bit palette (or grey) PNG whose "
+            "values are class indices"
+        )
+    if ((labels >= NUM_CLASSES) & (labels != VOID)).any():
+        wrong = np.unique(labels[(labels >= NUM_CLASSES) & (labels != VOID)])
+        raise DataError(
+            f"{path} has labels out of range ({', '.join(map(str, wrong[:8]))}); VOC has "
+            f"0..{NUM_CLASSES - 1} and {VOID} for void"
+        )
+    return labels
+
+
+def read_item(item):
+    """Image and labels of an item, `(H, W, 3)` and `(H, W)` uint8; UNLABELLED without a mask.
+
+    Raises:
+        DataError: a file is broken, or the two differ in size.
+    """
+    image = read_image(item.image)
+    if item.mask is None:
+        return image, np.full(image.shape[:2], UNLABELLED, dtype=np.uint8)
+    mask = read_mask(item.mask)
+    if mask.shape != image.shape[:2]:
+        raise DataError(
+            f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} but {item.image} is "
+            f"{image.shape[1]}x{image.shape[0]}: image and mask must have one size"
+        )
+    return image, mask
+
+
+def list_items(root, split):
+    """The items of a split, each with its mask (the official one where there are two).
+
+    Raises:
+        DataError: an id of the list has no image or no mask.
+    """
+    items, missing = find_items(root, split)
+    if missing:
+        raise DataError(
+            f"{len(missing)} files of split '{split}' are missing, among them "
+            f"{', '.join(map(str, missing[:3]))}; `python voc_data.py --data_root ...` lists all"
+        )
+    return items
+
+
+def find_items(root, split):
+    """The whole items of a split, and the paths of the files that the others lack."""
+    images = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
+    masks = {}
+    for folder in reversed(MASK_FOLDERS):
+        masks |= {path.stem: path for path in (root / folder).glob("*.png")}
+    items, missing = [], []
+    for image_id in read_split(root, split):
+        if image_id in images and image_id in masks:
+            items.append(Item(image_id, images[image_id], masks[image_id]))
+        if image_id not in images:
+            missing.append(root / "JPEGImages" / f"{image_id}.jpg")
+        if image_id not in masks:
+            missing.append(root / MASK_FOLDERS[0] / f"{image_id}.png")
+    return items, missing
+
+
+def list_extra_images(folder, root, excluded):
+    """Pictures without ground truth, for the distillation term alone.
+
+    Args:
+        folder: a folder of pictures, searched with its subfolders; or "voc" for every JPEG of the
+            VOC tree at `root` that has no mask.
+        root: the VOC tree.
+        excluded: ids that are left out (those of val and of the training list).
+    """
+    if folder != "voc" and not Path(folder).is_dir():
+        raise DataError(f"--extra_images {folder} is not a folder (or 'voc')")
+    files = sorted(Path(root, "JPEGImages").iterdir() if folder == "voc" else Path(folder).rglob("*"))
+    items = [Item(path.stem, path, None) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if folder == "voc":
+        with_mask = {path.stem for name in MASK_FOLDERS for path in (root / name).glob("*.png")}
+        items = [item for item in items if item.id not in with_mask]
+    items = [item for item in items if item.id not in excluded]
+    if not items:
+        raise DataError(f"--extra_images {folder}: no picture without ground truth was found there")
+    return items
+
+
+# ------------------------------------------------------------------------ caches: decode once
+
+CACHE_VERSION = 1  # raise it when the content of a cache changes
+
+
+class ArrayStore:
+    """Arrays of one dtype and many shapes in one memory-mapped file; picklable, read-only.
+
+    Only the pages that are touched take memory, and the system may take them back at any time.
+    """
+
+    def __init__(self, folder, name):
+        self.path = folder / f"{name}.bin"
+        self.shapes = np.load(folder / f"{name}.shapes.npy")
+        self.dtype = np.dtype((folder / f"{name}.dtype").read_text())
+        self.ends = np.cumsum(self.shapes.prod(axis=1, dtype=np.int64))
+        self.memory = None
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, index):
+        if self.memory is None:  # opened in the process that reads
+            self.memory = np.memmap(self.path, self.dtype, mode="c")
+        shape = self.shapes[index]
+        end = self.ends[index]
+        return self.memory[end - shape.prod() : end].reshape(shape)
+
+    def __getstate__(self):
+        return self.__dict__ | {"memory": None}
+
+
+class ArrayStoreWriter:
+    """Writes the files of an `ArrayStore`, one array after another."""
+
+    def __init__(self, folder, name, dtype):
+        self.folder, self.name, self.dtype, self.shapes = folder, name, np.dtype(dtype), []
+        self.file = open(folder / f"{name}.bin", "wb")
+
+    def append(self, array):
+        """Add one array; every array of a store has the same number of dimensions."""
+        self.shapes.append(array.shape)
+        self.file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
+
+    def close(self):
+        """Finish the files."""
+        self.file.close()
+        np.save(self.folder / f"{self.name}.shapes.npy", np.array(self.shapes, dtype=np.int64))
+        (self.folder / f"{self.name}.dtype").write_text(self.dtype.str)
+
+
+def fingerprint(items, *more):
+    """A key for what is computed from these files: names, sizes and dates, and `more` settings."""
+    digest = hashlib.sha256(repr(more).encode())
+    for item in items:
+        for path in (item.image, item.mask):
+            if path is not None:
+                stat = path.stat()
+                digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def cached(folder, fill):
+    """Return `folder`, filled by `fill(folder)` if it is not there; whole or absent, never half."""
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        fill(unfinished)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder
+
+
+def has_room(cache_dir, needed, what):
+    """True if the disk of `cache_dir` has `needed` bytes to spare; says so if not."""
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache_dir).free
+    if needed > 0.9 * free:
+        print(
+            f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {cache_dir}; going "
+            "on without it (slower)"
+        )
+    return needed <= 0.9 * free
+
+
+def pixel_cache(items, cache_dir, workers=0):
+    """Decode every item once into a memory-mapped file of uint8 pixels.
+
+    Takes 4 bytes a pixel on disk: 0.75 MB for a VOC image, 8 GB for the 10,582 of trainaug.
+    Returns `(images, masks)`, two `ArrayStore`s; None where the disk has no room for it.
+    """
+    folder = Path(cache_dir) / f"pixels-{fingerprint(items, CACHE_VERSION)}"
+    if not folder.is_dir():
+        needed = 4 * sum(math.prod(image_size(item.image)) for item in items)
+        if not has_room(cache_dir, needed, "pixel cache"):
+            return None
+
+    def fill(unfinished):
+        images = ArrayStoreWriter(unfinished, "images", np.uint8)
+        masks = ArrayStoreWriter(unfinished, "masks", np.uint8)
+        decoded = DataLoader(RawPictures(items), batch_size=None, num_workers=workers)
+        for image, mask in tqdm(decoded, "decoding once", len(items), unit="img", leave=False, disable=None):
+            images.append(image.numpy())
+            masks.append(mask.numpy())
+        images.close()
+        masks.close()
+
+    cached(folder, fill)
+    return ArrayStore(folder, "images"), ArrayStore(folder, "masks")
+
+
+def image_size(path):
+    """(width, height) from the header of a picture, without decoding it."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error})") from error
+
+
+class RawPictures(Dataset):
+    """Decoded items, `(image (H, W, 3), mask (H, W))` uint8."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return tuple(torch.from_numpy(array) for array in read_item(self.items[index]))
+
+
+# ----------------------------------------------------------------------------------- transforms
+
+
+class TeacherMap(tv_tensors.Image):
+    """What a teacher said of a whole image, `(C, h, w)` float: logits or features at low resolution.
+
+    It covers the same rectangle as its image, so every geometric transform moves it along. `cell`
+    is the number of pixels of a training crop for each value that the crop gets of it.
+    """
+
+    cell = 1
+
+
+class RandomScaledCrop(v2.Transform):
+    """Scale the image at random and cut a square out of it, padded where it does not reach.
+
+    The square is cut before it is scaled, so a crop costs the same however large the image is.
+    Images are resized bilinearly (antialiased), masks by nearest neighbour, teacher maps are
+    resampled to one value for each `cell` pixels of the crop. Padding is the ImageNet mean in
+    images and void in masks.
+
+    Args:
+        size: side of the crop in pixels.
+        scale: (smallest, largest) factor on the image's own size.
+    """
+
+    def __init__(self, size, scale=(0.5, 2.0)):
+        super().__init__()
+        self.size, self.scale = size, scale
+
+    def make_params(self, flat_inputs):
+        image = next(x for x in flat_inputs if type(x) is tv_tensors.Image)
+        height, width = image.shape[-2:]
+        smallest, largest, at_y, at_x = (*self.scale, *torch.rand(2).tolist())
+        scale = math.exp(torch.empty(1).uniform_(math.log(smallest), math.log(largest)).item())
+        top, window_h, out_top, out_h = self.window(height, scale, at_y)
+        left, window_w, out_left, out_w = self.window(width, scale, at_x)
+        return {
+            "image_size": (height, width),
+            "source": (top, left, window_h, window_w),
+            "target": (out_top, out_left, out_h, out_w),
+        }
+
+    def window(self, length, scale, position):
+        """Along one axis: where to cut, how much, where it goes in the crop, how long it gets.
+
+        `position` in 0..1 places the crop in an image that is larger, the image in a crop that is
+        larger.
+        """
+        cut = min(length, max(1, round(self.size / scale)))
+        reach = self.size if cut < length else min(self.size, max(1, round(length * scale)))
+        start = round(position * (length - cut))
+        return start, cut, round(position * (self.size - reach)), reach
+
+    def transform(self, inpt, params):
+        if isinstance(inpt, TeacherMap):
+            return self.resample(inpt, params)
+        is_mask = isinstance(inpt, tv_tensors.Mask)
+        out_top, out_left, out_h, out_w = params["target"]
+        out = TF.resize(
+            TF.crop(inpt, *params["source"]),
+            [out_h, out_w],
+            interpolation=v2.InterpolationMode.NEAREST_EXACT
+            if is_mask
+            else v2.InterpolationMode.BILINEAR,
+            antialias=not is_mask,
+        )
+        if (out_h, out_w) == (self.size, self.size):
+            return out
+        right, bottom = self.size - out_left - out_w, self.size - out_top - out_h
+        fill = VOID if is_mask else [round(255 * mean) for mean in IMAGENET_MEAN]
+        return TF.pad(out, [out_left, out_top, right, bottom], fill=fill)
+
+    def resample(self, teacher_map, params):
+        """The part of a map that the crop shows, one value for each cell of the crop."""
+        cells = -(-self.size // teacher_map.cell)  # rounded up, as a network's strides are
+        axes = []
+        for axis in (0, 1):
+            start, cut = params["source"][axis], params["source"][axis + 2]
+            out_start, reach = params["target"][axis], params["target"][axis + 2]
+            centre = (torch.arange(cells) + 0.5) * self.size / cells  # pixels of the crop
+            pixel = start + (centre - out_start) * cut / reach  # pixels of the image
+            axes.append(2 * pixel / params["image_size"][axis] - 1)
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)  # (h, w, xy)
+        values = teacher_map.as_subclass(torch.Tensor)[None].float()
+        out = F.grid_sample(values, grid[None], padding_mode="border", align_corners=False)[0]
+        return TeacherMap(out.to(teacher_map.dtype))
+
+
+class RandomColour(v2.Transform):
+    """Draw the factors of a mild colour jitter: "colour" becomes (brightness, contrast, saturation).
+
+    Only drawn here; `normalise` applies them to a whole batch at once, on the device.
+    """
+
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, sample):
+        factors = 1 + self.strength * (2 * torch.rand(3) - 1)
+        return sample | {"colour": factors}
+
+
+def train_transform(crop_size, scale=(0.5, 2.0), colour_jitter=0.3):
+    """The training augmentation: scale, crop, flip (image, mask and teacher maps together), colour."""
+    return v2.Compose(
+        [
+            RandomScaledCrop(crop_size, scale),
+            v2.RandomHorizontalFlip(),
+            RandomColour(colour_jitter),
+        ]
+    )
+
+
+class EvalTransform:
+    """Scale the image, never the mask, so that its longest side is `eval_size`; 0 keeps it."""
+
+    def __init__(self, eval_size=0):
+        self.eval_size = eval_size
+
+    def __call__(self, sample):
+        return sample | {"image": resize_longest(sample["image"], self.eval_size)}
+
+
+def resize_longest(image, longest):
+    """Resize a `(C, H, W)` picture so that its longest side is `longest` px; 0 keeps it."""
+    height, width = image.shape[-2:]
+    if not longest or max(height, width) == longest:
+        return image
+    factor = longest / max(height, width)
+    return TF.resize(image, [max(1, round(height * factor)), max(1, round(width * factor))])
+
+
+def normalise(images, colour=None):
+    """Bytes to what the network reads, on the device of `images`.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        colour: None, or (N, 3) factors of brightness, contrast and saturation, each a blend as in
+            `torchvision.transforms.v2.ColorJitter` (with black, the mean grey, the pixel's grey).
+            The three and the normalisation are one 3x3 matrix and one offset for each image.
+
+    Returns:
+        (N, 3, H, W) float32, normalised with ImageNet's mean and standard deviation.
+    """
+    device = images.device
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1) * 255
+    pixels = images.flatten(2).float()  # (N, 3, H*W)
+    if colour is None:
+        return ((pixels - mean) / std).view(images.shape)
+    brightness, contrast, saturation = colour.to(device).view(-1, 3, 1, 1).unbind(1)  # (N, 1, 1)
+    grey = torch.tensor([0.2989, 0.587, 0.114], device=device)
+    saturate = saturation * torch.eye(3, device=device) + (1 - saturation) * grey.expand(3, 3)
+    mean_grey = (grey @ pixels.mean(dim=2).T).view(-1, 1, 1)
+    offset = saturate @ ((1 - contrast) * brightness * mean_grey).expand(-1, 3, 1)
+    out = torch.baddbmm((offset - mean) / std, saturate * contrast * brightness / std, pixels)
+    return out.clamp_(-mean / std, (255 - mean) / std).view(images.shape)
+
+
+# ---------------------------------------------------------------------------- dataset and loaders
+
+
+class VOCDataset(Dataset):
+    """Items as samples: dicts of "image", "mask", "index" and the teacher maps by name.
+
+    Args:
+        items: from `list_items` and `list_extra_images`.
+        transform: takes and returns such a dict.
+        pixels: None to decode each time, or the two stores of `pixel_cache`.
+        teacher_maps: {name: (ArrayStore with one map for each item, `cell` of `TeacherMap`)}.
+
+    A key is an index, or `(index, seed)`: then the transform draws from that seed alone, so a
+    sample does not depend on how many workers there are, nor on what ran before it.
+    """
+
+    def __init__(self, items, transform, pixels=None, teacher_maps=None):
+        self.items, self.transform = items, transform
+        self.pixels, self.teacher_maps = pixels, teacher_maps or {}
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if self.pixels:
+            image, mask = (store[index] for store in self.pixels)
+        else:
+            image, mask = read_item(self.items[index])
+        sample = {
+            "image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
+            "mask": tv_tensors.Mask(torch.from_numpy(mask)),
+            "index": index,
+        }
+        for name, (store, cell) in self.teacher_maps.items():
+            sample[name] = TeacherMap(torch.from_numpy(store[index]))
+            sample[name].cell = cell
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            return self.transform(sample)
+
+
+class EpochSampler(Sampler):
+    """A shuffle of the data for each epoch, split over processes, with a seed for each sample.
+
+    Everything follows from `(seed, epoch)`: a run that resumes at an epoch sees what it would have
+    seen. `set_epoch` before each epoch. The ranks share the data without overlap; what does not
+    divide by their number is left out of the epoch.
+    """
+
+    def __init__(self, length, seed, rank=0, world_size=1):
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Choose the shuffle of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length // self.world_size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
+        keys = list(zip(order, seeds))[: len(self) * self.world_size]
+        return iter(keys[self.rank :: self.world_size])
+
+
+class ShardSampler(Sampler):
+    """Every `world_size`-th item from `rank` on: over all ranks, each item exactly once."""
+
+    def __init__(self, length, rank=0, world_size=1):
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+
+def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin_memory=False):
+    """Shuffled full batches; call `loader.sampler.set_epoch(epoch)` before each epoch.
+
+    Raises:
+        UsageError: there are fewer images than one batch needs.
+    """
+    sampler = EpochSampler(len(dataset), seed, rank, world_size)
+    if len(sampler) < batch_size:
+        raise UsageError(
+            f"--batch_size {batch_size} is more than the {len(sampler)} training images there are "
+            "for each process"
+        )
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=True,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def eval_loader(dataset, workers, rank=0, world_size=1):
+    """One image at a time, at its own size, in order; this rank's share."""
+    sampler = ShardSampler(len(dataset), rank, world_size)
+    return DataLoader(dataset, batch_size=1, sampler=sampler, num_workers=workers)
+
+
+# --------------------------------------------------------------------------------------- metric
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over a whole split; its string is the report."""
+
+    def __init__(self, num_classes=NUM_CLASSES, device="cpu"):
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, target, prediction):
+        """Add the pixels of `target` (any shape, labels, VOID left out) and `prediction`."""
+        classes = len(self.counts)
+        known = (target >= 0) & (target < classes)
+        pairs = target[known].to(torch.int64) * classes + prediction[known]
+        self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+    def reduce_over_processes(self):
+        """Sum the counts of all processes; exact, they are integers."""
+        if dist.is_initialized():
+            dist.all_reduce(self.counts)
+
+    @property
+    def iou(self):
+        """Intersection over union of each class, `(C,)` float64; NaN for a class that the ground
+        truth does not have."""
+        counts = self.counts.cpu().double()
+        truth, hits = counts.sum(dim=1), counts.diag()
+        union = truth + counts.sum(dim=0) - hits
+        return torch.where(truth > 0, hits / union, torch.nan)
+
+    @property
+    def miou(self):
+        """Mean IoU over the classes present, in 0..1; NaN if nothing was counted."""
+        return self.iou.nanmean().item()
+
+    @property
+    def pixel_accuracy(self):
+        """Share of the non-void pixels that are right, in 0..1."""
+        return (self.counts.diag().sum() / self.counts.sum()).item()
+
+    def __str__(self):
+        names = CLASSES if len(self.counts) == NUM_CLASSES else range(len(self.counts))
+        rows = [
+            (name, "absent" if math.isnan(value) else f"{value:.4f}")
+            for name, value in zip(names, self.iou.tolist())
+        ]
+        rows += [("mIoU", f"{self.miou:.4f}"), ("pixel accuracy", f"{self.pixel_accuracy:.4f}")]
+        return tabulate(rows, headers=("class", "IoU"), colalign=("left", "right"))
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found."""
+
+    matrix: ConfusionMatrix
+    loss: float  # mean cross-entropy over the non-void pixels
+    images: int
+
+
+@torch.inference_mode()
+def evaluate(model, loader, device, autocast=None, on_image=None):
+    """Run a network over a split and count.
+
+    One image at a time: the logits are upsampled to the mask's own size, the mask is never resized.
+    Under `torch.distributed`, each rank runs its share and all return the sums.
+
+    Args:
+        model: maps (1, 3, H, W) normalised images to (1, C, H, W) logits.
+        loader: from `eval_loader`.
+        autocast: a context manager factory, such as `lambda: torch.autocast("cuda")`.
+        on_image: called with (index, labels (H, W), prediction (H, W)) of each image.
+    """
+    was_training = model.training
+    model.eval()
+    matrix = ConfusionMatrix(device=device)
+    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    sums = torch.zeros(3, dtype=exact, device=device)  # loss, pixels, images
+    for sample in loader:
+        image, target = sample["image"].to(device), sample["mask"].to(device)
+        with autocast() if autocast else torch.autocast("cpu", enabled=False):
+            logits = model(normalise(image)).float()
+        if logits.shape[-2:] != target.shape[-2:]:
+            logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
+        prediction = logits.argmax(dim=1)
+        matrix.update(target, prediction)
+        loss = F.cross_entropy(logits, target.long(), ignore_index=VOID, reduction="sum")
+        sums += torch.stack([loss, (target != VOID).sum(), torch.ones_like(loss)]).to(exact)
+        if on_image:
+            on_image(int(sample["index"]), target[0], prediction[0])
+    model.train(was_training)
+    matrix.reduce_over_processes()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, pixels, images = sums.tolist()
+    return Evaluation(matrix, loss / max(pixels, 1), int(images))
+
+
+# ------------------------------------------------------------------------------- python voc_data
+
+
+def check_data(root, splits):
+    """Read every file of the splits, print counts by class, and return the problems found."""
+    problems, columns = [], []
+    for split in splits:
+        items, missing = find_items(root, split)
+        problems += [f"{path} is missing, but listed in {split}.txt" for path in missing]
+        images_with = np.zeros(NUM_CLASSES, dtype=np.int64)
+        for item in tqdm(items, f"checking {split}", unit="img", leave=False, disable=None):
+            try:
+                present = np.unique(read_item(item)[1])
+                images_with[present[present < NUM_CLASSES]] += 1
+            except DataError as error:
+                problems.append(str(error))
+        columns.append([f"{split} ({len(items) + len(missing)})", *images_with])
+    header, *rows = zip(("images with", *CLASSES), *columns)
+    print(tabulate(rows, headers=header))
+    return list(dict.fromkeys(problems))
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description="Check a VOC 2012 data set, or get it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data_root", help="where VOC 2012 is, or 'sample'")
+    parser.add_argument("--splits", nargs="+", help="lists to check (default: all there are)")
+    parser.add_argument("--download", action="store_true", help="download VOC into ./data")
+    return parser
+
+
+def main(args):
+    root = download_voc(Path("data")) if args.download else find_voc(args.data_root)
+    print(f"VOC 2012 at {root}")
+    splits = args.splits or sorted(
+        path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")
+    )
+    problems = check_data(root, splits)
+    if problems:
+        raise DataError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems))
+    print("every listed image and mask is readable and whole")
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())
