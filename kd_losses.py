@@ -221,6 +221,7 @@ class Teacher(nn.Module):
         # the modules of torch.export do not even allow train() and eval() to be called.
         self._network = (network.requires_grad_(False),)
         self.name = name
+        self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         self._tapped, self._has_taps = {}, bool(taps)
         for level, module in (taps or {}).items():
             module.register_forward_hook(self._remember(level))

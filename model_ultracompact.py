@@ -130,13 +130,14 @@ class UltraCompactSegmentationModel(nn.Module):
             nn.Dropout2d(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
         )
 
-    def forward(self, image, return_features=False):
+    def forward(self, image, return_features=False, output_size=None):
         """Segment a batch.
 
         Args:
             image: float (N, 3, H, W), normalised with ImageNet's mean and standard deviation;
                 H and W from 33 up, odd sizes too.
             return_features: also return the features that distillation compares.
+            output_size: (height, width) of the logits, in place of the image's.
 
         Returns:
             logits (N, num_classes, H, W); with `return_features`, `(logits, features)`, features
@@ -147,7 +148,8 @@ class UltraCompactSegmentationModel(nn.Module):
         high = self.aspp(top)  # (N, 64, H/16, W/16)
         x = self.fuse_mid(high, mid)  # (N, 64, H/8, W/8)
         x = self.fuse_low(x, low)  # (N, 32, H/4, W/4)
-        logits = F.interpolate(self.classifier(x), size=image.shape[-2:], mode="bilinear")
+        size = output_size or image.shape[-2:]
+        logits = F.interpolate(self.classifier(x), size=size, mode="bilinear")
         if return_features:
             return logits, {"low": low, "mid": mid, "high": high}
         return logits

@@ -23,9 +23,7 @@ import io
 import json
 import math
 import os
-import platform
 import random
-import sys
 import time
 from collections import deque
 from datetime import timedelta
@@ -41,7 +39,7 @@ from tqdm import tqdm
 
 import kd_losses
 import voc_data
-from voc_data import DataError, UsageError
+from voc_data import DataError, UsageError, write_figure, write_whole
 
 # Settings that may change when a run is continued: they do not change what it computes.
 FREE_ON_RESUME = {
@@ -133,6 +131,10 @@ def get_args_parser():
     group.add_argument("--weight_decay", type=float, default=0.01, help="not on norms and biases")
     group.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="rate by step")
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    group.add_argument(
+        "--loss_stride", type=int, default=4, help="the losses look at every n-th pixel in each "
+        "direction; 4 is the student's own resolution, 1 takes all pixels and most of the time",
+    )  # fmt: skip
     group.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights; 0: off")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
@@ -236,6 +238,7 @@ def check_args(args):
         ("backbone_lr_factor", args.backbone_lr_factor >= 0, "0 or more"),
         ("warmup", args.warmup >= 0, "0 or more"),
         ("ema", 0 <= args.ema < 1, "in 0..1, 1 excluded"),
+        ("loss_stride", args.loss_stride in (1, 2, 4, 8), "1, 2, 4 or 8"),
         ("val_every", args.val_every >= 1, "at least 1"),
         ("patience", args.patience >= 0, "0 or more"),
         ("checkpoint_interval", args.checkpoint_interval >= 1, "at least 1"),
@@ -299,33 +302,13 @@ def setup_processes(args):
     """Choose the device, and join the other processes if torchrun started several."""
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    args.torch_device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    args.torch_device = voc_data.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if args.torch_device.type == "cuda":
         torch.cuda.set_device(args.torch_device)
         torch.backends.cudnn.benchmark = True
     if args.world_size > 1 and not dist.is_initialized():
         backend = "nccl" if args.torch_device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # caches are built inside
-
-
-def choose_device(name, local_rank):
-    """The torch device of a name, or the best there is.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name} is not available here ({kd_losses.first_line(error)})"
-        ) from error
-    return device
 
 
 def say(args, text):
@@ -432,17 +415,16 @@ def build_loaders(args, train_items, val_items, teacher):
 class StudentAndAdapters(nn.Module):
     """What DistributedDataParallel wraps: the student, and the adapters of feature mode.
 
-    `images -> (logits, {level: adapted features})`; the dict is empty without adapters.
+    `images, size of the logits -> (logits, {level: adapted features})`; the dict is empty without
+    adapters.
     """
 
     def __init__(self, student, adapters):
         super().__init__()
         self.student, self.adapters = student, adapters
 
-    def forward(self, images):
-        if not len(self.adapters):
-            return self.student(images), {}
-        logits, features = self.student(images, return_features=True)
+    def forward(self, images, output_size):
+        logits, features = self.student(images, return_features=True, output_size=output_size)
         return logits, {level: adapt(features[level]) for level, adapt in self.adapters.items()}
 
 
@@ -450,19 +432,20 @@ def compute_losses(args, logits, features, labels, taught):
     """The criterion of the mode: {"loss", "ce", "kd"}, float32 scalars.
 
     Args:
-        logits: (N, C, H, W) of the student.
-        features: {level: (N, C_l, h, w)}, adapted, in feature mode.
-        labels: (N, H, W).
-        taught: what the teacher says, by key: "out" in response mode (at 1/4 of the resolution when
-            it comes from the cache), levels in feature mode.
+        logits: (N, C, h, w) of the student, at `--loss_stride`.
+        features: {level: (N, C_l, h_l, w_l)}, adapted, in feature mode.
+        labels: (N, H, W), at full resolution.
+        taught: what the teacher says, by key: "out" in response mode, levels in feature mode.
     """
-    losses = {"ce": kd_losses.cross_entropy(logits, labels)}
+    size = logits.shape[-2:]
+    sampled = kd_losses.labels_at(labels, size)
+    losses = {"ce": kd_losses.cross_entropy(logits, sampled)}
     if args.kd_mode == "response":
-        size = taught["out"].shape[-2:]
-        if size != logits.shape[-2:]:
-            logits = interpolate(logits.float(), size=size, mode="bilinear")
+        teacher_logits = taught["out"].float()
+        if teacher_logits.shape[-2:] != size:
+            teacher_logits = interpolate(teacher_logits, size=size, mode="bilinear")
         losses["kd"] = kd_losses.response_based_kd_loss(
-            logits, taught["out"], kd_losses.labels_at(labels, size), args.temperature
+            logits, teacher_logits, sampled, args.temperature
         )
     elif args.kd_mode == "feature":
         losses["kd"] = kd_losses.feature_based_kd_loss(features, taught, labels)
@@ -488,7 +471,9 @@ class Training:
         )
         if on_cuda and args.world_size > 1:
             self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
-        self.memory_format = torch.channels_last if on_cuda else torch.contiguous_format
+        on_mps = self.device.type == "mps"  # channels_last pays on CUDA and on the CPU
+        self.memory_format = torch.contiguous_format if on_mps else torch.channels_last
+        self.loss_size = 2 * (-(-args.crop_size // args.loss_stride),)
         module = StudentAndAdapters(self.student, self.adapters)
         self.module = module.to(self.device, memory_format=self.memory_format)
         if args.world_size > 1:
@@ -516,7 +501,8 @@ class Training:
         totals = torch.zeros(3, device=self.device)
         recent = deque(maxlen=CHECK_EVERY)  # (loss, indices of the batch), for a message
         label = f"epoch {self.epoch + 1}/{args.epochs}"
-        progress = tqdm(loader, label, unit="batch", leave=False, disable=None if args.rank == 0 else True)
+        quiet = None if args.rank == 0 else True  # None: quiet unless a person is watching
+        progress = tqdm(loader, label, unit="batch", leave=False, disable=quiet)
         for step, batch in enumerate(progress):
             losses = self.step(batch, self.epoch * self.steps_per_epoch + step)
             totals += torch.stack([losses["loss"], losses["ce"], losses["kd"]]).detach()
@@ -545,7 +531,7 @@ class Training:
         self.set_rate(global_step)
         with self.autocast():
             taught = self.ask_teacher(images, batch)
-            logits, features = self.module(images)
+            logits, features = self.module(images, self.loss_size)
         losses = compute_losses(self.args, logits, features, labels, taught)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses["loss"]).backward()
@@ -675,7 +661,7 @@ def choose_amp(name, device):
     if name == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16  # not emulated
     if name == "float16" and device.type != "cuda":
         raise UsageError("--amp float16 needs a CUDA device; bfloat16 and off run anywhere")
     return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
@@ -702,7 +688,6 @@ class RunFiles:
 def save_epoch(args, trainer, files, record):
     """Write what an epoch leaves. `last` comes after `best`: a run killed between the two repeats
     the epoch, and writes the same."""
-    files.folder.mkdir(parents=True, exist_ok=True)
     if trainer.best["epoch"] == trainer.epoch:
         save_whole(trainer.shipped(), files.best)
     if trainer.epoch % args.checkpoint_interval == 0:
@@ -718,26 +703,6 @@ def save_whole(content, path):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(buffer.getbuffer(), path)
-
-
-def write_whole(data, path):
-    """Write bytes so that a kill at any moment leaves the old file or the new one, never a part.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is as it was.
-    """
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {path} ({error.strerror or error}); what was there before is whole"
-        ) from error
 
 
 def epoch_line(args, history):
@@ -766,26 +731,23 @@ def describe_run(args, root, train_items, val_items, trainer):
     say(args, f"VOC 2012 at {root}: {len(train_items) - unlabelled} training images of "
               f"'{args.train_split}'{extra}, {len(val_items)} of '{args.val_split}'")  # fmt: skip
     say(args, f"{args.model} ({trainer.parameters:,} parameters), kd_mode {args.kd_mode}{teacher}, "
-              f"on {device_name(args)}{continued}")  # fmt: skip
+              f"on {hardware(args)}{continued}")  # fmt: skip
     args.data_summary = {
         "root": str(root), "train": len(train_items) - unlabelled, "unlabelled": unlabelled,
         "val": len(val_items),
     }  # fmt: skip
 
 
-def device_name(args):
-    """The hardware, for people."""
-    if args.torch_device.type == "cuda":
-        name = torch.cuda.get_device_name(args.torch_device)
-    else:
-        name = f"{args.torch_device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+def hardware(args):
+    """The devices of a run, for people."""
+    name = voc_data.device_name(args.torch_device)
     return name if args.world_size == 1 else f"{args.world_size} x {name}"
 
 
 def write_summary(args, trainer, files):
     """Write the report and the curves of the epochs so far."""
     write_whole(training_report(args, trainer).encode(), files.report)
-    write_whole(training_curves(trainer.history, files.run), files.curves)
+    write_figure(training_curves(trainer.history, files.run), files.curves)
 
 
 def training_report(args, trainer):
@@ -811,7 +773,7 @@ def training_report(args, trainer):
         f"  validation images        {data['val']} ('{args.val_split}')",
         "",
         "Time",
-        f"  device                   {device_name(args)}, torch {torch.__version__}",
+        f"  device                   {hardware(args)}, torch {torch.__version__}",
         f"  training, all epochs     {sum(seconds):.0f} s",
         f"  training, per epoch      {sum(seconds) / len(seconds):.1f} s",
         f"  training, per image      {1000 * sum(seconds) / sum(r['images'] for r in history):.2f} ms",
@@ -825,7 +787,7 @@ def training_report(args, trainer):
 
 
 def training_curves(history, title):
-    """A PNG, as bytes: losses by epoch on the left, val mIoU on the right."""
+    """A figure: losses by epoch on the left, val mIoU on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -845,10 +807,7 @@ def training_curves(history, title):
     right.set(xlabel="epoch", ylabel="val mIoU", title="mIoU on the validation split")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return figure
 
 
 if __name__ == "__main__":

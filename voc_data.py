@@ -14,13 +14,17 @@ https://doi.org/10.1007/s11263-014-0733-5
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
@@ -874,6 +879,7 @@ def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin
         dataset,
         batch_size,
         sampler=sampler,
+        generator=torch.Generator(),  # or it would draw from the generator that dropout uses
         num_workers=workers,
         drop_last=True,
         pin_memory=pin_memory,
@@ -885,7 +891,9 @@ def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin
 def eval_loader(dataset, workers, rank=0, world_size=1):
     """One image at a time, at its own size, in order; this rank's share."""
     sampler = ShardSampler(len(dataset), rank, world_size)
-    return DataLoader(dataset, batch_size=1, sampler=sampler, num_workers=workers)
+    return DataLoader(
+        dataset, batch_size=1, sampler=sampler, generator=torch.Generator(), num_workers=workers
+    )
 
 
 # --------------------------------------------------------------------------------------- metric
@@ -982,6 +990,178 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
         dist.all_reduce(sums)
     loss, pixels, images = sums.tolist()
     return Evaluation(matrix, loss / max(pixels, 1), int(images))
+
+
+# ------------------------------------------------------------------------- the cost of a network
+
+
+def measure_cost(model, device, size=512, repeats=50):
+    """Parameters, MACs and latency of a network for one `size` x `size` image.
+
+    Latency is taken over `repeats` runs after a warm-up, with the device synchronised around each.
+
+    Returns:
+        dict of "parameters", "macs", "latency_ms" (median), "latency_spread_ms" (the middle half of
+        the runs, third minus first quartile), "fps" (1000 / median), "speed_size".
+    """
+    image = torch.zeros(1, 3, size, size, device=device)
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    image = image.contiguous(memory_format=torch.channels_last)
+    times = []
+    with torch.inference_mode():
+        for run in range(repeats + 10):
+            synchronise(device)
+            start = time.perf_counter()
+            model(image)
+            synchronise(device)
+            if run >= 10:
+                times.append(1000 * (time.perf_counter() - start))
+    first, median, third = np.percentile(times, (25, 50, 75)).tolist()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "macs": counter.get_total_flops() // 2, "latency_ms": median,
+        "latency_spread_ms": third - first, "fps": 1000 / median, "speed_size": size,
+    }  # fmt: skip
+
+
+def synchronise(device):
+    """Wait until the device has done what it was given."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device):
+    """The hardware of a device, for people."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def choose_device(name=None, local_rank=0):
+    """The torch device of a name, or the best there is.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} is not available here ({reason})") from error
+    return device
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def write_whole(data, path):
+    """Write bytes so that a kill at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(
+            f"could not write {path} ({error.strerror or error}); what was there before is whole"
+        ) from error
+
+
+def write_figure(figure, path):
+    """Save and close a matplotlib figure, whole or not at all; the suffix gives the format."""
+    from matplotlib import pyplot as plt
+
+    kind = Path(path).suffix[1:]
+    buffer = io.BytesIO()
+    quality = {"pil_kwargs": {"quality": 80}} if kind in ("jpg", "jpeg") else {}
+    figure.savefig(buffer, format=kind, dpi=100, **quality)
+    plt.close(figure)
+    write_whole(buffer.getbuffer(), path)
+
+
+# -------------------------------------------------------------------------------------- overlays
+
+
+def overlay(image, labels):
+    """Blend a picture with the colours of its labels at 50 %; background stays, void is hatched.
+
+    `(H, W, 3) uint8, (H, W) labels -> (H, W, 3) uint8`.
+    """
+    blended = image.copy()
+    objects = (labels > 0) & (labels < NUM_CLASSES)
+    blended[objects] = (image[objects] // 2) + (voc_palette()[labels[objects]] // 2)
+    y, x = np.indices(labels.shape)
+    hatched = (labels == VOID) & ((x + y) % 6 < 3)
+    blended[hatched] = 255
+    return blended
+
+
+def image_iou(labels, prediction):
+    """Mean IoU of one picture over the classes in its ground truth, 0..1."""
+    matrix = ConfusionMatrix()
+    matrix.update(torch.as_tensor(labels), torch.as_tensor(prediction))
+    return matrix.miou
+
+
+def overlay_sheet(rows, path, titles=None):
+    """Save a sheet of pictures: each row a list of `(title, (H, W, 3) picture, class labels shown)`.
+
+    A legend under each row names the classes that it shows, in their colours.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(2.3 * columns, 2.25 * len(rows)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, row_axes in zip(rows, axes):
+        for (title, picture, shown), axis in zip(row, row_axes):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=8)
+            patches = [
+                Patch(color=voc_palette()[label] / 255, label=CLASSES[label])
+                for label in sorted(shown)
+            ]
+            if patches:
+                axis.legend(
+                    handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=6,
+                    ncols=3, frameon=False, handlelength=1, columnspacing=0.8,
+                )  # fmt: skip
+    if titles:
+        figure.suptitle(titles, fontsize=10)
+    write_figure(figure, path)
+
+
+def objects_in(labels):
+    """The classes in a label map, without background and void."""
+    return [int(label) for label in np.unique(labels) if 0 < label < NUM_CLASSES]
 
 
 # ------------------------------------------------------------------------------- python voc_data

@@ -1,0 +1,406 @@
+"""Measure trained students on PASCAL VOC 2012 and write the tables and pictures of a report.
+
+    python test.py                                          every best_model_*.pth of checkpoints/
+    python test.py --checkpoint checkpoints/best_model_ultracompact_response.pth
+    python test.py --visualize --num_vis 8                  overlays: successes and failures
+    python test.py --checkpoint A.pth --image photo.jpg     overlays of your own photographs
+
+Model and mode are read from each checkpoint. Tables go to --output_dir as results.md, .tex, .csv
+and .json; with them per_class.md, per_class_iou.png, and training_curves.png where the histories of
+training lie beside the checkpoints. Several checkpoints of one model and mode (other seeds) are
+summed up as mean and standard deviation in seeds.md.
+
+score = 4 * mIoU / (1 + parameters in millions)
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import voc_data
+from kd_losses import STUDENTS, load_student
+from voc_data import CLASSES, DataError, UsageError, write_whole
+
+MODE_ORDER = ("none", "response", "feature")
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description="Measure trained students on VOC 2012; write tables and overlays.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--checkpoint", nargs="+", metavar="FILE",
+        help="checkpoints to test (default: every best_model_*.pth in --save_dir)",
+    )  # fmt: skip
+    group.add_argument("--save_dir", default="checkpoints", help="where training wrote them")
+    group.add_argument("--model", choices=STUDENTS, help="test only this model")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_root", help="where VOC 2012 is, in any usual layout, or 'sample'")
+    group.add_argument("--val_split", default="val", help="list in ImageSets/Segmentation")
+    group.add_argument(
+        "--eval_size", type=int, help="longest side of the image on its way in, 0 for its own "
+        "(default: as in the checkpoint's training)",
+    )  # fmt: skip
+    group.add_argument(
+        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="loader processes"
+    )
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--visualize", action="store_true", help="write overlays")
+    group.add_argument("--num_vis", type=int, default=8, help="images in a sheet: best and worst")
+    group.add_argument(
+        "--image", nargs="+", metavar="PATH", help="photographs or folders of them: write overlays, "
+        "measure nothing",
+    )  # fmt: skip
+    group.add_argument("--photo_size", type=int, default=512, help="longest side of --image inside")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="report", help="where tables and pictures go")
+    group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    group.add_argument("--speed_size", type=int, default=512, help="side of the image for latency")
+    group.add_argument("--speed_repeats", type=int, default=50, help="timed runs for the latency")
+    return parser
+
+
+def main(args):
+    check_args(args)
+    device = voc_data.choose_device(args.device)
+    students = load_students(args, device)
+    output = Path(args.output_dir)
+    if args.image:
+        overlay_photographs(args, students, device, output)
+        return
+    root = voc_data.find_voc(args.data_root, download=True)
+    items = voc_data.list_items(root, args.val_split)
+    rows = [measure(args, student, items, device) for student in students]
+    add_gains(rows)
+    rows += teacher_rows(output)
+    write_tables(rows, output, f"{len(items)} images of '{args.val_split}'")
+    draw_per_class(rows, output / "per_class_iou.png")
+    draw_training_curves(students, output / "training_curves.png")
+    if args.visualize:
+        visualize(args, students, rows, items, device, output)
+
+
+def check_args(args):
+    """Refuse values that cannot work, before anything is read or written."""
+    rules = [
+        ("num_vis", args.num_vis >= 2, "at least 2"),
+        ("eval_size", not args.eval_size or args.eval_size >= 33, "0, or at least 33"),
+        ("photo_size", args.photo_size >= 33, "at least 33"),
+        ("speed_size", args.speed_size >= 33, "at least 33"),
+        ("speed_repeats", args.speed_repeats >= 1, "at least 1"),
+        ("workers", args.workers >= 0, "0 or more"),
+    ]
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
+
+
+# ---------------------------------------------------------------------------------- the students
+
+
+class Tested:
+    """A student that is tested: its network, and what its checkpoint says of it."""
+
+    def __init__(self, path, device):
+        self.path = Path(path)
+        network, checkpoint = load_student(path)
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.model, self.kd_mode = checkpoint["model"], checkpoint["kd_mode"]
+        self.run = f"{self.model}_{self.kd_mode}"
+        self.eval_size = checkpoint.get("eval_size", 0)
+        self.seed = checkpoint.get("settings", {}).get("seed")
+        self.saw_val = checkpoint.get("settings", {}).get("allow_val_in_train", False)
+
+
+def load_students(args, device):
+    """The students to test, in the order of the table.
+
+    Raises:
+        DataError: there are no checkpoints, or one cannot be read.
+        UsageError: `--model` and a named checkpoint disagree.
+    """
+    paths = args.checkpoint or sorted(Path(args.save_dir).glob("best_model_*.pth"))
+    students = [Tested(path, device) for path in paths]
+    if args.model and args.checkpoint:
+        for student in students:
+            if student.model != args.model:
+                raise UsageError(f"{student.path} holds {student.model}, not --model {args.model}")
+    if args.model:
+        students = [student for student in students if student.model == args.model]
+    if not students:
+        raise DataError(
+            f"there is no best_model_{args.model or ''}*.pth in {args.save_dir}: train one with "
+            "train.py, or name it with --checkpoint"
+        )
+    models = list(STUDENTS)
+    students.sort(key=lambda s: (models.index(s.model), MODE_ORDER.index(s.kd_mode), str(s.path)))
+    return students
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def measure(args, student, items, device):
+    """Everything about one student, as plain values; prints its per-class table."""
+    eval_size = student.eval_size if args.eval_size is None else args.eval_size
+    data = voc_data.VOCDataset(items, voc_data.EvalTransform(eval_size))
+    ious = {}
+
+    def remember(index, labels, prediction):
+        ious[items[index].id] = voc_data.image_iou(labels.cpu(), prediction.cpu())
+
+    result = voc_data.evaluate(
+        student.network, voc_data.eval_loader(data, args.workers), device, on_image=remember
+    )
+    matrix = result.matrix
+    cost = voc_data.measure_cost(student.network, device, args.speed_size, args.speed_repeats)
+    print(f"\n{student.path} ({result.images} images of '{args.val_split}')\n{matrix}")
+    if student.saw_val:
+        print("note: this network was trained with --allow_val_in_train; its figures are no test")
+    return {
+        "model": student.model, "kd_mode": student.kd_mode, "checkpoint": str(student.path),
+        "seed": student.seed, "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy,
+        "loss": result.loss, "iou": dict(zip(CLASSES, matrix.iou.tolist())),
+        "score": 4 * matrix.miou / (1 + cost["parameters"] / 1e6), **cost,
+        "images": result.images, "split": args.val_split, "eval_size": eval_size,
+        "device": voc_data.device_name(device), "image_iou": ious,
+    }  # fmt: skip
+
+
+def add_gains(rows):
+    """Set each row's "gain": its mIoU over the mean of the same model's `none` rows, in points."""
+    for row in rows:
+        alone = [r["miou"] for r in rows if r["model"] == row["model"] and r["kd_mode"] == "none"]
+        row["gain"] = 100 * (row["miou"] - statistics.mean(alone)) if alone else None
+
+
+def teacher_rows(folder):
+    """The rows that test_pretrained_fcn.py left in the folder of the tables."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("teacher_*.json"))]
+
+
+# --------------------------------------------------------------------------------------- tables
+
+COLUMNS = (
+    # heading, how to show it
+    ("model", lambda r: r["model"]),
+    ("KD", lambda r: r["kd_mode"]),
+    ("mIoU %", lambda r: f"{100 * r['miou']:.2f}"),
+    ("gain", lambda r: "" if r.get("gain") is None else f"{r['gain']:+.2f}"),
+    ("pixel acc. %", lambda r: f"{100 * r['pixel_accuracy']:.2f}"),
+    ("parameters", lambda r: f"{r['parameters']:,}"),
+    ("MMACs", lambda r: f"{r['macs'] / 1e6:.0f}"),
+    ("latency ms", lambda r: f"{r['latency_ms']:.1f} ± {r['latency_spread_ms'] / 2:.1f}"),
+    ("FPS", lambda r: f"{r['fps']:.0f}"),
+    ("score", lambda r: f"{r['score']:.3f}"),
+)
+
+
+def write_tables(rows, output, what):
+    """Print the comparison, and write it with its values as .md, .tex, .csv and .json."""
+    cells = [[show(row) for _, show in COLUMNS] for row in rows]
+    headings = [heading for heading, _ in COLUMNS]
+    layout = {"headers": headings, "disable_numparse": True}
+    print(f"\n{tabulate(cells, tablefmt='simple', **layout)}")
+    note = (
+        f"mIoU on {what}, at native size; gain over `none` in mIoU points; MACs and latency (median, "
+        f"± half the interquartile range) for one {rows[0]['speed_size']} x "
+        f"{rows[0]['speed_size']} image on {rows[0]['device']}; score = 4 mIoU / (1 + millions of "
+        "parameters)."
+    )
+    write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
+    latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
+    write_text(latex + "\n", output / "results.tex")
+    write_csv(rows, output / "results.csv")
+    write_text(json.dumps(rows, indent=1) + "\n", output / "results.json")
+    names = [f"{row['model']} {row['kd_mode']}" for row in rows]
+    per_class = [[c, *(percent(row["iou"][c]) for row in rows)] for c in CLASSES]
+    per_class.append(["mean", *(percent(row["miou"]) for row in rows)])
+    table = tabulate(per_class, headers=["IoU %", *names], tablefmt="github", disable_numparse=True)
+    write_text(table + "\n", output / "per_class.md")
+    write_seed_table(rows, output / "seeds.md")
+    print(f"tables in {output}/: results.md .tex .csv .json, per_class.md")
+
+
+def percent(value):
+    """A share as a percentage; a dash for NaN."""
+    return "-" if value != value else f"{100 * value:.1f}"
+
+
+def write_csv(rows, path):
+    """One line a network, plain numbers, the IoU of each class at the end."""
+    table = io.StringIO()
+    plain = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*plain, *(f"iou_{name}" for name in CLASSES)])
+    for row in rows:
+        writer.writerow([*(row.get(key, "") for key in plain), *row["iou"].values()])
+    write_text(table.getvalue(), path)
+
+
+def write_text(text, path):
+    """Write a text file, whole or not at all."""
+    write_whole(text.encode(), path)
+
+
+def write_seed_table(rows, path):
+    """Mean and standard deviation over the checkpoints of one model and mode, where there are two."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["model"], row["kd_mode"]].append(100 * row["miou"])
+    if max(map(len, groups.values())) < 2:
+        return
+    cells = []
+    for (model, mode), values in groups.items():
+        alone = groups.get((model, "none"))
+        gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if alone else ""
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        each = " ".join(f"{value:.2f}" for value in values)
+        cells.append([model, mode, len(values), f"{statistics.mean(values):.2f}", spread, gain, each])
+    headings = ["model", "KD", "n", "mean mIoU %", "std", "gain", "each"]
+    table = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
+    print(f"\n{table}")
+    write_text(table + "\n", path)
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def draw_per_class(rows, path):
+    """A bar chart of the IoU of each class, one colour a network."""
+    figure, axis = pyplot().subplots(figsize=(10, 3.4), layout="constrained")
+    width = 0.8 / len(rows)
+    for number, row in enumerate(rows):
+        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(CLASSES))]
+        heights = [100 * row["iou"][name] for name in CLASSES]
+        axis.bar(places, heights, width, label=f"{row['model']} {row['kd_mode']}")
+    axis.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
+    axis.set(ylabel="IoU %", xlim=(-0.6, len(CLASSES) - 0.4))
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7, ncols=min(4, len(rows)))
+    voc_data.write_figure(figure, path)
+
+
+def draw_training_curves(students, path):
+    """Loss and val mIoU by epoch of every student whose history lies beside its checkpoint."""
+    histories = {}
+    for student in students:
+        file = student.path.with_name(f"history_{student.run}.jsonl")
+        if file.is_file():
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            histories.setdefault(student.run, lines)
+    if not histories:
+        return
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for run, lines in histories.items():
+        validated = [line for line in lines if "val_miou" in line]
+        left.plot([line["epoch"] for line in lines], [line["ce"] for line in lines], label=run)
+        right.plot(
+            [line["epoch"] for line in validated], [100 * line["val_miou"] for line in validated],
+            label=run,
+        )  # fmt: skip
+    left.set(xlabel="epoch", ylabel="train cross-entropy")
+    right.set(xlabel="epoch", ylabel="val mIoU %")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    voc_data.write_figure(figure, path)
+
+
+def visualize(args, students, rows, items, device, output):
+    """For each student a sheet of its best and worst images; one sheet that compares them all."""
+    by_id = {item.id: item for item in items}
+    half = args.num_vis // 2
+    for student, row in zip(students, rows):
+        ranked = sorted(row["image_iou"], key=row["image_iou"].get, reverse=True)
+        pairs = zip(ranked[:half], ranked[::-1][:half])
+        sheet = []
+        for good, bad in pairs:
+            panels = []
+            for image_id in (good, bad):
+                iou = row["image_iou"][image_id]
+                panels += panels_of(by_id[image_id], {f"prediction, IoU {iou:.2f}": student}, row, device)
+            sheet.append(panels)
+        path = output / f"overlays_{student.run}.jpg"
+        voc_data.overlay_sheet(sheet, path, f"{student.run}: best images (left), worst (right)")
+        print(f"overlays in {path}")
+    first = rows[0]["image_iou"]
+    ranked = sorted(first, key=lambda i: sum(r["image_iou"][i] for r in rows[: len(students)]))
+    step = max(1, len(ranked) // args.num_vis)
+    chosen = ranked[step // 2 :: step][: args.num_vis]  # from the worst to the best, evenly
+    by_name = {f"{student.model}\n{student.kd_mode}": student for student in students}
+    sheet = [panels_of(by_id[image_id], by_name, first_row, device)
+             for image_id in chosen for first_row in rows[:1]]  # fmt: skip
+    path = output / "overlays_compared.jpg"
+    voc_data.overlay_sheet(sheet, path)
+    print(f"overlays in {path}")
+
+
+def panels_of(item, students, row, device):
+    """Panels of one image for `overlay_sheet`: image, ground truth, each student's prediction."""
+    image, labels = voc_data.read_item(item)
+    panels = [
+        (item.id, image, []),
+        ("ground truth", voc_data.overlay(image, labels), voc_data.objects_in(labels)),
+    ]
+    for title, student in students.items():
+        prediction = predict(student, image, row["eval_size"], device)
+        shown = voc_data.objects_in(prediction)
+        panels.append((title, voc_data.overlay(image, prediction), shown))
+    return panels
+
+
+@torch.inference_mode()
+def predict(student, image, size, device):
+    """The labels a student gives an `(H, W, 3)` uint8 picture, `(H, W)`, at the picture's size."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
+    pixels = voc_data.resize_longest(pixels, size)
+    logits = student.network(voc_data.normalise(pixels[None]), output_size=image.shape[:2])
+    return logits[0].argmax(dim=0).cpu().numpy()
+
+
+def overlay_photographs(args, students, device, output):
+    """Write picture | prediction for each photograph and student."""
+    paths = []
+    for given in map(Path, args.image):
+        inside = sorted(given.iterdir()) if given.is_dir() else [given]
+        paths += [p for p in inside if p == given or p.suffix.lower() in voc_data.IMAGE_SUFFIXES]
+    if not paths:
+        raise DataError(f"--image {' '.join(args.image)}: there is no picture")
+    for path in paths:
+        image = voc_data.read_image(path)
+        panels = [(path.name, image, [])]
+        for student in students:
+            labels = predict(student, image, args.photo_size, device)
+            title = f"{student.model} {student.kd_mode}"
+            panels.append((title, voc_data.overlay(image, labels), voc_data.objects_in(labels)))
+        target = output / f"photo_{path.stem}.jpg"
+        voc_data.overlay_sheet([panels], target)
+        print(f"{path} -> {target}")
+
+
+if __name__ == "__main__":
+    voc_data.run_script(main, get_args_parser().parse_args())
