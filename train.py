@@ -126,8 +126,9 @@ def get_args_parser():
     group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
     group.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (of the head)")
     group.add_argument(
-        "--backbone_lr_factor", type=float, default=0.3, help="the backbone's rate over --lr"
-    )
+        "--backbone_lr_factor", type=float, default=0.3, help="the rate of a pretrained backbone "
+        "over --lr",
+    )  # fmt: skip
     group.add_argument("--weight_decay", type=float, default=0.01, help="not on norms and biases")
     group.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="rate by step")
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -643,7 +644,8 @@ def build_optimizer(args, student, adapters):
     """AdamW or SGD over four groups: backbone at a lower rate, norms and biases without decay."""
     named = [*student.named_parameters(), *adapters.named_parameters()]
     groups = []
-    for in_backbone, factor in ((True, args.backbone_lr_factor), (False, 1.0)):
+    backbone_factor = 1.0 if args.no_pretrained else args.backbone_lr_factor
+    for in_backbone, factor in ((True, backbone_factor), (False, 1.0)):
         for is_weight in (True, False):
             chosen = [
                 parameter for name, parameter in named
