@@ -167,7 +167,7 @@ def main(args):
     setup_processes(args)
     run_name = f"{args.model}_{args.kd_mode}"
     files = RunFiles(Path(args.save_dir), run_name)
-    resumed = find_resume(args, files)
+    resumed = from_first(args, lambda: find_resume(args, files))
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
@@ -333,6 +333,14 @@ def local_first(args, work):
     if dist.is_initialized():
         dist.barrier()
     return result if local_rank == 0 else work()
+
+
+def from_first(args, work):
+    """The result of `work()` on the first process, on all of them."""
+    result = [work() if args.rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -514,6 +522,7 @@ class Training:
         if dist.is_initialized():
             dist.all_reduce(totals)
             totals /= args.world_size
+            self.share_statistics()
         loss, ce, kd = (totals / len(loader)).tolist()
         seconds = time.time() - start
         images = len(loader) * args.batch_size * args.world_size
@@ -571,6 +580,12 @@ class Training:
         for averaged, current in pairs:
             if not averaged.is_floating_point():  # BatchNorm's count of batches
                 averaged.copy_(current)
+
+    def share_statistics(self):
+        """Give all processes the BatchNorm statistics of the first: each saw other images."""
+        for module in (self.student, self.averaged):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def check_finite(self, recent, last_step, items):
         """Stop the run if one of the last losses is NaN or infinite."""

@@ -34,6 +34,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tabulate import tabulate
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -1024,6 +1026,20 @@ def measure_cost(model, device, size=512, repeats=50):
         "macs": counter.get_total_flops() // 2, "latency_ms": median,
         "latency_spread_ms": third - first, "fps": 1000 / median, "speed_size": size,
     }  # fmt: skip
+
+
+def fold_batch_norm(model):
+    """Fold each BatchNorm of a network in eval mode into the convolution before it, in place.
+
+    The outputs stay the same up to rounding; there is one pass over memory less for each layer.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            for place, (conv, norm) in enumerate(zip(list(module), list(module)[1:])):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    module[place] = fuse_conv_bn_eval(conv, norm)
+                    module[place + 1] = nn.Identity()
+    return model
 
 
 def synchronise(device):

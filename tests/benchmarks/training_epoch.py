@@ -1,0 +1,102 @@
+"""A whole training epoch: ours against a loop in the way of torchvision's reference script.
+
+    python tests/benchmarks/training_epoch.py --data_root DIR --split train
+
+The same network, images, crop size, batch size and workers. The reference decodes every JPEG in every
+epoch, augments whole images one by one, takes the loss at full resolution and reads it at every
+step, as references/segmentation/train.py does. Epochs run in turn; the first of each (which fills
+the caches) is not counted.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch.utils.data import DataLoader
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+import kd_losses  # noqa: E402
+import train  # noqa: E402
+import voc_data  # noqa: E402
+from data_path import ReferencePipeline  # noqa: E402
+
+
+def our_epoch(args, items, cache_dir):
+    """A function that trains one epoch with the project's own loop."""
+    flags = ["--no_pretrained", "--model", args.model, "--crop_size", str(args.crop_size),
+             "--batch_size", str(args.batch_size), "--workers", str(args.workers),
+             "--cache_dir", cache_dir]  # fmt: skip
+    ours = train.get_args_parser().parse_args(flags)
+    train.check_args(ours)
+    train.setup_processes(ours)
+    loader, _ = train.build_loaders(ours, items, items[:1], teacher=None)
+    training = train.Training(ours, None, len(loader))
+    return lambda: training.train_one_epoch(loader)
+
+
+def reference_epoch(args, items):
+    """A function that trains one epoch as torchvision's reference script does."""
+    device = voc_data.choose_device()
+    loader = DataLoader(
+        ReferencePipeline(items, args.crop_size), args.batch_size, shuffle=True, drop_last=True,
+        num_workers=args.workers,
+    )  # fmt: skip
+    network = kd_losses.STUDENTS[args.model](pretrained=False).to(device).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def one_epoch():
+        for image, target in loader:
+            image, target = image.to(device), target.squeeze(1).long().to(device)
+            loss = torch.nn.functional.cross_entropy(network(image), target, ignore_index=255)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return one_epoch
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_root", default="sample")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--model", default="ultracompact")
+    parser.add_argument("--crop_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--limit", type=int, help="use so many images only")
+    args = parser.parse_args()
+    items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
+    seconds = {"torchvision reference": [], "ours": []}
+    with tempfile.TemporaryDirectory() as cache_dir:
+        loops = {
+            "torchvision reference": reference_epoch(args, items),
+            "ours": our_epoch(args, items, cache_dir),
+        }
+        for epoch in range(args.epochs + 1):
+            for name, loop in loops.items():
+                start = time.perf_counter()
+                loop()
+                if epoch:
+                    seconds[name].append(time.perf_counter() - start)
+    base = statistics.median(seconds["torchvision reference"])
+    rows = [
+        (name, f"{statistics.median(v):.1f}", f"{min(v):.1f}-{max(v):.1f}",
+         f"{base / statistics.median(v):.2f}")
+        for name, v in seconds.items()
+    ]  # fmt: skip
+    print(f"{args.model}, {len(items)} images, crop {args.crop_size}, batch {args.batch_size}, "
+          f"{voc_data.device_name(voc_data.choose_device())}, {os.cpu_count()} cores, "
+          f"torch {torch.__version__}")  # fmt: skip
+    print(tabulate(rows, headers=("loop", "s an epoch", "range", "times faster")))
+
+
+if __name__ == "__main__":
+    main()
