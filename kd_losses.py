@@ -39,8 +39,8 @@ from tqdm import tqdm
 from model_standard import StandardSegmentationModel
 from model_ultracompact import UltraCompactSegmentationModel
 from voc_data import (
-    CACHE_VERSION, NUM_CLASSES, UNLABELLED, VOID, ArrayStore, ArrayStoreWriter, DataError, UsageError,
-    cached, fingerprint, has_room, normalise, read_item, resize_longest,
+    CACHE_VERSION, NUM_CLASSES, UNLABELLED, VOID, ArrayStore, ArrayStoreWriter, DataError,
+    UsageError, cached, fingerprint, has_room, normalise, read_item, resize_longest,
 )  # fmt: skip
 
 LEVELS = ("low", "mid", "high")  # strides 4, 8 and 16 of a student
@@ -72,8 +72,8 @@ def response_based_kd_loss(student_logits, teacher_logits, labels, temperature):
 
     Summed over the classes, averaged over the non-void pixels of the batch: not over the batch
     alone (`reduction="batchmean"` would be H*W too large) and not over classes too (`"mean"` would
-    be C too small). T^2 undoes the 1/T^2 that the softening puts on the gradient, so that beta means
-    the same at every temperature.
+    be C too small). T^2 undoes the 1/T^2 that the softening puts on the gradient, so that beta
+    means the same at every temperature.
 
     Args:
         student_logits, teacher_logits: (N, C, h, w), raw.
@@ -101,7 +101,7 @@ def feature_based_kd_loss(student_features, teacher_features, labels=None):
 
     Args:
         student_features: {level: (N, C_l, h, w)}, already through their adapters.
-        teacher_features: {level: (N, C_l, h', w')}; resized to the student's h and w if they differ.
+        teacher_features: {level: (N, C_l, h', w')}, resized to the student's h and w if need be.
         labels: (N, H, W), to leave out the positions that are VOID there (padding); None takes all.
 
     Returns:
@@ -244,7 +244,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, logits=True):
-        """Outputs for (N, 3, H, W) normalised images; `logits=False` skips the head where it can."""
+        """Outputs for (N, 3, H, W) normalised images; `logits=False` skips the head if it can."""
         network = self._network[0]
         if not logits and self._has_taps:
             network.backbone(images)
@@ -321,8 +321,8 @@ def torchvision_teacher(name, weights_file):
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise OSError(
                 f"the weights of the teacher {name} could not be loaded "
-                f"({first_line(error)}). Delete the file in {torch.hub.get_dir()}/checkpoints if it "
-                f"is damaged, or download {weights.url} and name it with --teacher_weights."
+                f"({first_line(error)}). Delete the file in {torch.hub.get_dir()}/checkpoints if "
+                f"it is damaged, or download {weights.url} and name it with --teacher_weights."
             ) from error
     state = read_checkpoint(weights_file)
     aux = {"aux_loss": True} if any(key.startswith("aux_classifier") for key in state) else {}
@@ -369,7 +369,12 @@ def read_exported(path, device):
 # ------------------------------------------------------------- the teacher, once for each image
 
 CELLS = {"out": 4, "low": 4, "mid": 8, "high": 16}  # pixels of a crop for one value of each map
-KEPT_STRIDES = {"out": 8, "low": 4, "mid": 8, "high": 16}  # the same on disk, of the teacher's input
+KEPT_STRIDES = {
+    "out": 8,
+    "low": 4,
+    "mid": 8,
+    "high": 16,
+}  # the same on disk, of the teacher's input
 
 
 def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identity=""):

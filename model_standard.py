@@ -95,7 +95,7 @@ class ASPP(nn.Module):
 
 
 class SkipConcat(nn.Module):
-    """Upsample to the size of a skip, concatenate the skip through a 1x1, fuse with a separable 3x3.
+    """Upsample to the size of a skip, concatenate the skip through a 1x1, separable 3x3.
 
     `(N, in, h, w), (N, skip, H, W) -> (N, out, H, W)`.
     """

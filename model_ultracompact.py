@@ -5,7 +5,7 @@
       |  MobileNetV3-Small, its first blocks only          [Howard et al. 2019]
       +--> low   (N, 16, H/4,  W/4)    edges and textures
       +--> mid   (N, 24, H/8,  W/8)    parts
-      +--> (N, 40, H/16, W/16)
+      +--> (N, 48, H/16, W/16)
               |
               |  ASPP: the same map seen at four scales    [Chen et al. 2017]
               +--> high (N, 64, H/16, W/16)   what is where, roughly
@@ -15,10 +15,10 @@
                    logits (N, 21, H/4, W/4)  -- bilinear -->  (N, 21, H, W)
 
 Where the parameters go, and why. A MobileNetV3 block spends most of its weights on channels, not
-on pixels, so the last three blocks (96 channels) would cost four times what all the others do
-together; the network stops before them. The atrous convolutions of the ASPP are depthwise (nine weights a
-channel) and share one pointwise projection, so looking at three more scales costs almost nothing.
-The decoder adds its skips instead of concatenating them, which halves the convolution that follows.
+on pixels, so the last three blocks (96 channels) hold 3.6 times the weights of all the others
+together; the network stops before them. The atrous convolutions of the ASPP are depthwise (nine
+weights a channel) and share one pointwise projection, so three more scales cost almost nothing. The
+decoder adds its skips instead of concatenating them, which halves the convolution that follows.
 
 References:
     Howard et al. 2019, Searching for MobileNetV3, https://arxiv.org/abs/1905.02244

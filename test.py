@@ -60,8 +60,8 @@ def get_args_parser():
     group.add_argument("--visualize", action="store_true", help="write overlays")
     group.add_argument("--num_vis", type=int, default=8, help="images in a sheet: best and worst")
     group.add_argument(
-        "--image", nargs="+", metavar="PATH", help="photographs or folders of them: write overlays, "
-        "measure nothing",
+        "--image", nargs="+", metavar="PATH", help="photographs or folders of them: write "
+        "overlays, measure nothing",
     )  # fmt: skip
     group.add_argument("--photo_size", type=int, default=512, help="longest side of --image inside")
 
@@ -218,11 +218,11 @@ def write_tables(rows, output, what):
     headings = [heading for heading, _ in COLUMNS]
     layout = {"headers": headings, "disable_numparse": True}
     print(f"\n{tabulate(cells, tablefmt='simple', **layout)}")
+    size = rows[0]["speed_size"]
     note = (
-        f"mIoU on {what}, at native size; gain over `none` in mIoU points; MACs and latency (BatchNorm "
-        f"folded, median, ± half the interquartile range) for one {rows[0]['speed_size']} x "
-        f"{rows[0]['speed_size']} image on {rows[0]['device']}; score = 4 mIoU / (1 + millions of "
-        "parameters)."
+        f"mIoU on {what}, at native size; gain over `none` in mIoU points; MACs and latency "
+        f"(BatchNorm folded, median ± half the interquartile range) for one {size} x {size} image on "
+        f"{rows[0]['device']}; score = 4 mIoU / (1 + millions of parameters)."
     )
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
@@ -260,7 +260,7 @@ def write_text(text, path):
 
 
 def write_seed_table(rows, path):
-    """Mean and standard deviation over the checkpoints of one model and mode, where there are two."""
+    """Mean and standard deviation over the checkpoints of one model and mode, if several."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["model"], row["kd_mode"]].append(100 * row["miou"])
@@ -272,7 +272,9 @@ def write_seed_table(rows, path):
         gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if alone else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         each = " ".join(f"{value:.2f}" for value in values)
-        cells.append([model, mode, len(values), f"{statistics.mean(values):.2f}", spread, gain, each])
+        cells.append(
+            [model, mode, len(values), f"{statistics.mean(values):.2f}", spread, gain, each]
+        )
     headings = ["model", "KD", "n", "mean mIoU %", "std", "gain", "each"]
     table = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
     print(f"\n{table}")
@@ -345,7 +347,9 @@ def visualize(args, students, rows, items, device, output):
             panels = []
             for image_id in (good, bad):
                 iou = row["image_iou"][image_id]
-                panels += panels_of(by_id[image_id], {f"prediction, IoU {iou:.2f}": student}, row, device)
+                panels += panels_of(
+                    by_id[image_id], {f"prediction, IoU {iou:.2f}": student}, row, device
+                )
             sheet.append(panels)
         path = output / f"overlays_{student.run}.jpg"
         voc_data.overlay_sheet(sheet, path, f"{student.run}: best images (left), worst (right)")

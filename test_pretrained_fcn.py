@@ -76,9 +76,9 @@ def main(args):
     }  # fmt: skip
     print(f"{teacher.name} on {result.images} images of '{args.val_split}'\n{result.matrix}")
     print(
-        f"\nmIoU {row['miou']:.4f} | {row['parameters']:,} parameters | {row['macs'] / 1e9:.1f} GMACs "
-        f"| {row['latency_ms']:.1f} ms for {args.speed_size} x {args.speed_size} on {row['device']} "
-        f"| score {row['score']:.4f}"
+        f"\nmIoU {row['miou']:.4f} | {row['parameters']:,} parameters | "
+        f"{row['macs'] / 1e9:.1f} GMACs | {row['latency_ms']:.1f} ms for {args.speed_size} x "
+        f"{args.speed_size} on {row['device']} | score {row['score']:.4f}"
     )
     path = Path(args.output_dir) / f"teacher_{re.sub(r'[^A-Za-z0-9]+', '_', teacher.name)}.json"
     voc_data.write_whole((json.dumps(row, indent=1) + "\n").encode(), path)

@@ -55,7 +55,9 @@ def get_args_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=kd_losses.STUDENTS, default="ultracompact", help="student")
+    group.add_argument(
+        "--model", choices=kd_losses.STUDENTS, default="ultracompact", help="student"
+    )
     group.add_argument(
         "--no_pretrained", action="store_true", help="start from random, not ImageNet, weights"
     )
@@ -69,12 +71,14 @@ def get_args_parser():
         "--teacher", default="fcn_resnet50", help="a torchvision segmentation model, a checkpoint "
         "(.pth) of this project, or a .pt2 file of torch.export",
     )  # fmt: skip
-    group.add_argument("--teacher_weights", metavar="FILE", help="a state dict for --teacher, on disk")
+    group.add_argument(
+        "--teacher_weights", metavar="FILE", help="a state dict for --teacher, on disk"
+    )
     group.add_argument("--temperature", type=float, default=1.0, help="T of the response loss")
     group.add_argument("--alpha", type=float, default=1.0, help="weight of the cross-entropy")
     group.add_argument(
-        "--beta", type=float, help="weight of the distillation loss (default: 1 for response, 5 for "
-        "feature)",
+        "--beta", type=float, help="weight of the distillation loss (default: 1 for response, 5 "
+        "for feature)",
     )  # fmt: skip
     group.add_argument(
         "--kd_levels", nargs="+", choices=kd_losses.LEVELS, default=["high"],
@@ -88,14 +92,14 @@ def get_args_parser():
         "--teacher_size", type=int, default=513, help="longest side the teacher sees, in pixels"
     )
     group.add_argument(
-        "--extra_images", metavar="DIR", help="photographs without masks, for the distillation term "
-        "alone; 'voc' takes every JPEG of the VOC tree that has no mask",
+        "--extra_images", metavar="DIR", help="photographs without masks, for the distillation "
+        "term alone; 'voc' takes every JPEG of the VOC tree that has no mask",
     )  # fmt: skip
 
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_root", help="where VOC 2012 is, in any usual layout, or 'sample'; without it, looks "
-        "in ./data, /content/data and kagglehub's cache, then downloads",
+        "--data_root", help="where VOC 2012 is, in any usual layout, or 'sample'; without it, "
+        "looks in ./data, /content/data and kagglehub's cache, then downloads",
     )  # fmt: skip
     group.add_argument("--train_split", default="train", help="list in ImageSets/Segmentation")
     group.add_argument("--val_split", default="val", help="the same, for validation")
@@ -112,8 +116,8 @@ def get_args_parser():
         "--eval_size", type=int, default=0, help="longest side in validation; 0 keeps the image's"
     )
     group.add_argument(
-        "--pixel_cache", choices=("auto", "none"), default="auto", help="auto: decode each JPEG once "
-        "into a file of pixels, if the disk has room; none: decode in every epoch",
+        "--pixel_cache", choices=("auto", "none"), default="auto", help="auto: decode each JPEG "
+        "once into a file of pixels, if the disk has room; none: decode in every epoch",
     )  # fmt: skip
     group.add_argument("--cache_dir", default="cache", help="where both caches are kept")
     group.add_argument(
@@ -130,13 +134,17 @@ def get_args_parser():
         "over --lr",
     )  # fmt: skip
     group.add_argument("--weight_decay", type=float, default=0.01, help="not on norms and biases")
-    group.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="rate by step")
+    group.add_argument(
+        "--schedule", choices=("poly", "cosine"), default="poly", help="rate by step"
+    )
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     group.add_argument(
         "--loss_stride", type=int, default=4, help="the losses look at every n-th pixel in each "
         "direction; 4 is the student's own resolution, 1 takes all pixels and most of the time",
     )  # fmt: skip
-    group.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights; 0: off")
+    group.add_argument(
+        "--ema", type=float, default=0.998, help="decay of the averaged weights; 0: off"
+    )
     group.add_argument("--seed", type=int, default=0, help="of everything random")
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     group.add_argument(
@@ -188,8 +196,8 @@ def main(args):
     try:
         run_epochs(args, trainer, train_data, val_data, files)
     except (KeyboardInterrupt, SystemExit):
-        say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are saved. "
-                  "The same command again goes on from there.")  # fmt: skip
+        say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are "
+                  "saved. The same command again goes on from there.")  # fmt: skip
         raise
     finally:
         if dist.is_initialized():
@@ -413,7 +421,9 @@ def build_loaders(args, train_items, val_items, teacher):
     shard = {"workers": args.workers, "rank": args.rank, "world_size": args.world_size}
     on_cuda = args.torch_device.type == "cuda"
     return (
-        voc_data.train_loader(train_set, args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard),
+        voc_data.train_loader(
+            train_set, args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard
+        ),
         voc_data.eval_loader(val_set, **shard),
     )
 
@@ -629,9 +639,9 @@ class Training:
 
     def shipped(self):
         """The content of a best_model file: the averaged weights and plain values."""
-        args = self.args
+        args, weights = self.args, self.averaged.state_dict()
         return {
-            "model_state_dict": {key: value.cpu() for key, value in self.averaged.state_dict().items()},
+            "model_state_dict": {name: value.cpu() for name, value in weights.items()},
             "model": args.model, "kd_mode": args.kd_mode, "num_classes": voc_data.NUM_CLASSES,
             "eval_size": args.eval_size, "miou": self.history[-1].get("val_miou"),
             "epoch": self.epoch, "parameters": self.parameters, "settings": settings_of(args),
@@ -678,7 +688,9 @@ def choose_amp(name, device):
     if name == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16  # not emulated
+        return (
+            torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        )  # not emulated
     if name == "float16" and device.type != "cuda":
         raise UsageError("--amp float16 needs a CUDA device; bfloat16 and off run anywhere")
     return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
@@ -772,6 +784,7 @@ def training_report(args, trainer):
     history, best, data = trainer.history, trainer.best, args.data_summary
     validated = [record for record in history if "val_miou" in record]
     seconds = [record["seconds"] for record in history]
+    images = sum(record["images"] for record in history)
     lines = [
         f"Training report: {args.model}, kd_mode {args.kd_mode}",
         "",
@@ -793,7 +806,7 @@ def training_report(args, trainer):
         f"  device                   {hardware(args)}, torch {torch.__version__}",
         f"  training, all epochs     {sum(seconds):.0f} s",
         f"  training, per epoch      {sum(seconds) / len(seconds):.1f} s",
-        f"  training, per image      {1000 * sum(seconds) / sum(r['images'] for r in history):.2f} ms",
+        f"  training, per image      {1000 * sum(seconds) / images:.2f} ms",
         f"  validation, per epoch    "
         f"{sum(r['val_seconds'] for r in validated) / max(1, len(validated)):.1f} s",
         "",

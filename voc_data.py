@@ -472,7 +472,9 @@ def list_extra_images(folder, root, excluded):
     """
     if folder != "voc" and not Path(folder).is_dir():
         raise DataError(f"--extra_images {folder} is not a folder (or 'voc')")
-    files = sorted(Path(root, "JPEGImages").iterdir() if folder == "voc" else Path(folder).rglob("*"))
+    files = sorted(
+        Path(root, "JPEGImages").iterdir() if folder == "voc" else Path(folder).rglob("*")
+    )
     items = [Item(path.stem, path, None) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if folder == "voc":
         with_mask = {path.stem for name in MASK_FOLDERS for path in (root / name).glob("*.png")}
@@ -589,7 +591,9 @@ def pixel_cache(items, cache_dir, workers=0):
         images = ArrayStoreWriter(unfinished, "images", np.uint8)
         masks = ArrayStoreWriter(unfinished, "masks", np.uint8)
         decoded = DataLoader(RawPictures(items), batch_size=None, num_workers=workers)
-        for image, mask in tqdm(decoded, "decoding once", len(items), unit="img", leave=False, disable=None):
+        for image, mask in tqdm(
+            decoded, "decoding once", len(items), unit="img", leave=False, disable=None
+        ):
             images.append(image.numpy())
             masks.append(mask.numpy())
         images.close()
@@ -625,7 +629,7 @@ class RawPictures(Dataset):
 
 
 class TeacherMap(tv_tensors.Image):
-    """What a teacher said of a whole image, `(C, h, w)` float: logits or features at low resolution.
+    """What a teacher said of a whole image, `(C, h, w)` float: logits or features, coarse.
 
     It covers the same rectangle as its image, so every geometric transform moves it along. `cell`
     is the number of pixels of a training crop for each value that the crop gets of it.
@@ -711,7 +715,7 @@ class RandomScaledCrop(v2.Transform):
 
 
 class RandomColour(v2.Transform):
-    """Draw the factors of a mild colour jitter: "colour" becomes (brightness, contrast, saturation).
+    """Draw the factors of a mild colour jitter, "colour": brightness, contrast, saturation.
 
     Only drawn here; `normalise` applies them to a whole batch at once, on the device.
     """
@@ -726,7 +730,7 @@ class RandomColour(v2.Transform):
 
 
 def train_transform(crop_size, scale=(0.5, 2.0), colour_jitter=0.3):
-    """The training augmentation: scale, crop, flip (image, mask and teacher maps together), colour."""
+    """Scale, crop, flip (image, mask and teacher maps together), and draw a colour jitter."""
     return v2.Compose(
         [
             RandomScaledCrop(crop_size, scale),
@@ -1140,7 +1144,7 @@ def image_iou(labels, prediction):
 
 
 def overlay_sheet(rows, path, titles=None):
-    """Save a sheet of pictures: each row a list of `(title, (H, W, 3) picture, class labels shown)`.
+    """Save a sheet of pictures; each row is a list of `(title, (H, W, 3) picture, labels shown)`.
 
     A legend under each row names the classes that it shows, in their colours.
     """
