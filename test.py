@@ -221,8 +221,8 @@ def write_tables(rows, output, what):
     size = rows[0]["speed_size"]
     note = (
         f"mIoU on {what}, at native size; gain over `none` in mIoU points; MACs and latency "
-        f"(BatchNorm folded, median ± half the interquartile range) for one {size} x {size} image on "
-        f"{rows[0]['device']}; score = 4 mIoU / (1 + millions of parameters)."
+        f"(BatchNorm folded, median ± half the interquartile range) for one {size} x {size} "
+        f"image on {rows[0]['device']}; score = 4 mIoU / (1 + millions of parameters)."
     )
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")

@@ -128,7 +128,7 @@ def get_args_parser():
     group.add_argument("--epochs", type=int, default=60, help="passes over the training images")
     group.add_argument("--batch_size", type=int, default=16, help="images a step, for each process")
     group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
-    group.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (of the head)")
+    group.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (of the head)")
     group.add_argument(
         "--backbone_lr_factor", type=float, default=0.3, help="the rate of a pretrained backbone "
         "over --lr",

@@ -1,0 +1,74 @@
+"""How epoch time and memory grow with the number of images: time should be linear, memory flat.
+
+    python tests/benchmarks/growth.py --data_root DIR --split train --images 100
+
+The list is read 1, 2, 4 and 8 times over, each copy with pixels of its own in the cache, in a process
+of its own. Peak memory is that of the training process without file pages that it only maps.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train  # noqa: E402
+import voc_data  # noqa: E402
+
+
+def anonymous_memory():
+    """Resident memory that is not a mapped file, in MB (Linux); NaN elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return float("nan")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def measure(args, factor, results):
+    """Train two epochs on `factor` copies of the list; put (seconds, MB) of the second."""
+    items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.images]
+    with tempfile.TemporaryDirectory() as cache_dir:
+        flags = ["--no_pretrained", "--cache_dir", cache_dir, "--workers", str(args.workers)]
+        ours = train.get_args_parser().parse_args(flags)
+        train.check_args(ours)
+        train.setup_processes(ours)
+        loader, _ = train.build_loaders(ours, items * factor, items[:1], teacher=None)
+        training = train.Training(ours, None, len(loader))
+        training.train_one_epoch(loader)
+        start = time.perf_counter()
+        training.train_one_epoch(loader)
+        results.put((time.perf_counter() - start, anonymous_memory()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_root", default="sample")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--images", type=int, default=100, help="images at 1x")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    context, rows = multiprocessing.get_context("spawn"), []
+    for factor in (1, 2, 4, 8):
+        results = context.Queue()
+        process = context.Process(target=measure, args=(args, factor, results))
+        process.start()
+        seconds, memory = results.get()
+        process.join()
+        base = (seconds, memory) if factor == 1 else base
+        rows.append(
+            (f"{factor}x", factor * args.images, f"{seconds:.1f}", f"{seconds / base[0]:.2f}",
+             f"{memory:.0f}", f"{memory / base[1]:.2f}")
+        )  # fmt: skip
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}")
+    print(tabulate(rows, headers=("data", "images", "s an epoch", "ratio", "memory MB", "ratio")))
+
+
+if __name__ == "__main__":
+    main()
