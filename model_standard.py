@@ -129,7 +129,7 @@ class StandardSegmentationModel(nn.Module):
         self.fuse_mid = SkipConcat(ASPP_CHANNELS, MID_CHANNELS, ASPP_CHANNELS)
         self.fuse_low = SkipConcat(ASPP_CHANNELS, LOW_CHANNELS, DECODER_CHANNELS)
         self.classifier = nn.Sequential(
-            nn.Dropout2d(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
+            nn.Dropout(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
         )
 
     def forward(self, image, return_features=False, output_size=None):

@@ -187,11 +187,10 @@ def main(args):
     trainer = Training(args, teacher, len(train_data))
     if resumed:
         trainer.load_state_dict(resumed)
-    if trainer.epoch >= args.epochs:
-        say(args, f"{files.last} has all {args.epochs} epochs: nothing left to do "
-                  "(--resume none --overwrite starts afresh)")  # fmt: skip
-        return
     describe_run(args, root, train_items, val_items, trainer)
+    if trainer.epoch >= args.epochs:
+        say(args, f"all {args.epochs} epochs are done: nothing left to train (--resume none "
+                  "--overwrite starts afresh)")  # fmt: skip
 
     try:
         run_epochs(args, trainer, train_data, val_data, files)
@@ -265,17 +264,19 @@ def check_args(args):
 def find_resume(args, files):
     """The state to continue from, or None for a fresh start that is allowed to write."""
     path = {"auto": files.last, "none": None}.get(args.resume, Path(args.resume))
-    if path and (args.resume != "auto" or path.is_file()):
-        state = kd_losses.read_checkpoint(path)
-        if not isinstance(state, dict) or "optimizer" not in state:
-            raise DataError(f"{path} is not a last_*.pth of train.py: it cannot be continued from")
-        return state
-    if files.best.exists() and not args.overwrite:
+    if args.resume == "auto" and not path.is_file():
+        path = None
+    if path != files.last and files.best.exists() and not args.overwrite:
         raise UsageError(
-            f"{files.best} exists and there is no run to continue: name another --save_dir, or "
+            f"{files.best} exists and is not what would be continued: name another --save_dir, or "
             "allow the replacement with --overwrite"
         )
-    return None
+    if path is None:
+        return None
+    state = kd_losses.read_checkpoint(path)
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise DataError(f"{path} is not a last_*.pth of train.py: it cannot be continued from")
+    return state
 
 
 def check_same_settings(args, resumed):

@@ -638,6 +638,15 @@ class TeacherMap(tv_tensors.Image):
     cell = 1
 
 
+PADDING_COLOUR = torch.tensor([round(255 * m) for m in IMAGENET_MEAN], dtype=torch.uint8)
+PADDING_COLOUR = PADDING_COLOUR.view(3, 1, 1)
+
+
+def nearest(length, new_length):
+    """Which of `length` pixels is nearest to each of `new_length` over the same extent."""
+    return ((np.arange(new_length) + 0.5) * (length / new_length)).astype(np.int64)
+
+
 class RandomScaledCrop(v2.Transform):
     """Scale the image at random and cut a square out of it, padded where it does not reach.
 
@@ -683,20 +692,22 @@ class RandomScaledCrop(v2.Transform):
         if isinstance(inpt, TeacherMap):
             return self.resample(inpt, params)
         is_mask = isinstance(inpt, tv_tensors.Mask)
+        top, left, height, width = params["source"]
         out_top, out_left, out_h, out_w = params["target"]
-        out = TF.resize(
-            TF.crop(inpt, *params["source"]),
-            [out_h, out_w],
-            interpolation=v2.InterpolationMode.NEAREST_EXACT
-            if is_mask
-            else v2.InterpolationMode.BILINEAR,
-            antialias=not is_mask,
-        )
-        if (out_h, out_w) == (self.size, self.size):
-            return out
-        right, bottom = self.size - out_left - out_w, self.size - out_top - out_h
-        fill = VOID if is_mask else [round(255 * mean) for mean in IMAGENET_MEAN]
-        return TF.pad(out, [out_left, out_top, right, bottom], fill=fill)
+        # Plain tensors from here: the dispatch of tv_tensors would cost as much as the work.
+        window = inpt.as_subclass(torch.Tensor)[..., top : top + height, left : left + width]
+        if is_mask:
+            rows, columns = nearest(height, out_h), nearest(width, out_w)
+            out = torch.from_numpy(window.numpy()[rows][:, columns])  # 10x faster than in torch
+            padded = torch.tensor(VOID, dtype=out.dtype).expand(self.size, self.size)
+        else:
+            out = F.interpolate(window[None], (out_h, out_w), mode="bilinear", antialias=True)[0]
+            padded = PADDING_COLOUR.expand(3, self.size, self.size)
+        if (out_h, out_w) != (self.size, self.size):
+            padded = padded.clone()
+            padded[..., out_top : out_top + out_h, out_left : out_left + out_w] = out
+            out = padded
+        return tv_tensors.wrap(out, like=inpt)
 
     def resample(self, teacher_map, params):
         """The part of a map that the crop shows, one value for each cell of the crop."""

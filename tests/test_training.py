@@ -1,0 +1,702 @@
+"""Whole runs on a tiny data set: train.py in its three modes, test.py, test_pretrained_fcn.py."""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kd_losses
+import test_pretrained_fcn as fcn_script
+import train
+import voc_data
+from conftest import FCN_FILE, ROOT
+from voc_data import CLASSES, DataError, UsageError
+
+MODES = ("none", "response", "feature")
+EPOCHS = 4
+
+
+def load_test_script():
+    """test.py under another name: `import test` may find the standard library's."""
+    spec = importlib.util.spec_from_file_location("project_test_script", ROOT / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+test_script = load_test_script()
+
+
+def parsed(root, folder, mode, teacher, *more):
+    """The arguments of a short run of train.py."""
+    flags = [
+        "--kd_mode", mode, "--teacher", teacher, "--data_root", root, "--save_dir", folder,
+        "--cache_dir", folder.parent / "cache", "--no_pretrained", "--crop_size", 65, "--epochs",
+        EPOCHS, "--batch_size", 8, "--lr", 5e-3, "--warmup", 2, "--teacher_size", 65, "--workers", 0,
+        "--device", "cpu", "--seed", 3, *more,
+    ]  # fmt: skip
+    return train.get_args_parser().parse_args([str(flag) for flag in flags])
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tiny_voc, tmp_path_factory):
+    """A standard student, trained a little, to teach the others."""
+    folder = tmp_path_factory.mktemp("teacher") / "checkpoints"
+    train.main(parsed(tiny_voc, folder, "none", "fcn_resnet50", "--model", "standard"))
+    return folder / "best_model_standard_none.pth"
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_voc, teacher_file, tmp_path_factory):
+    """One folder with a finished run of each mode, as train.py leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "checkpoints"
+    before = digest(teacher_file)
+    for mode in MODES:
+        train.main(parsed(tiny_voc, folder, mode, teacher_file, "--checkpoint_interval", 2))
+    assert digest(teacher_file) == before, "training wrote into the teacher's file"
+    return folder
+
+
+def weights(folder, mode, kind="best_model"):
+    """The tensors of a run's file; those of last_* under the names of its parts."""
+    content = torch.load(folder / f"{kind}_ultracompact_{mode}.pth", weights_only=True)
+    if kind != "last":
+        return content["model_state_dict"]
+    parts = {name: content[name] for name in ("student", "averaged", "adapters")}
+    moments = content["optimizer"]["state"]
+    parts["optimizer"] = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
+    return {f"{part}.{key}": v for part, state in parts.items() for key, v in state.items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def history(folder, mode):
+    lines = (folder / f"history_ultracompact_{mode}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(records):
+    timed = ("seconds", "val_seconds", "images_per_second")
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+# ------------------------------------------------------------------------------------ a run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_falls_over_the_epochs_in_every_mode(runs, mode):
+    records = history(runs, mode)
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert records[-1]["ce"] < 0.9 * records[0]["ce"]
+    beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[mode]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["ce"] + beta * record["kd"], rel=1e-4)
+        assert (record["kd"] > 0) is (mode != "none")
+
+
+@pytest.mark.parametrize("mode", ["response", "feature"])
+def test_distillation_alone_brings_the_student_nearer_to_the_teacher(
+    mode, tiny_voc, teacher_file, tmp_path
+):
+    more = ["--alpha", 0, "--beta", 2, "--epochs", 5, "--val_every", 5]
+    train.main(parsed(tiny_voc, tmp_path / "s", mode, teacher_file, *more))
+    records = history(tmp_path / "s", mode)
+    assert records[-1]["kd"] < 0.8 * records[0]["kd"]
+    assert all(record["loss"] == pytest.approx(2 * record["kd"], rel=1e-4) for record in records)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_history_is_one_json_object_an_epoch(runs, mode):
+    records = history(runs, mode)
+    assert [record["epoch"] for record in records] == list(range(1, EPOCHS + 1))
+    for record in records:
+        assert {"loss", "ce", "kd", "lr", "val_loss", "val_miou", "seconds"} <= record.keys()
+        assert 0 <= record["val_miou"] <= 1 and record["val_loss"] > 0
+        assert record["images"] == 24
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_best_checkpoint_loads_as_plain_values_with_the_keys_of_the_design(runs, mode):
+    path = runs / f"best_model_ultracompact_{mode}.pth"
+    content = torch.load(path, weights_only=True)
+    assert {
+        "model_state_dict", "model", "kd_mode", "num_classes", "eval_size", "miou", "parameters",
+        "settings",
+    } <= content.keys()  # fmt: skip
+    assert (content["model"], content["kd_mode"]) == ("ultracompact", mode)
+    assert content["num_classes"] == 21 and content["eval_size"] == 0
+    assert content["miou"] == max(record["val_miou"] for record in history(runs, mode))
+    student, _ = kd_losses.load_student(path)
+    assert content["parameters"] == sum(p.numel() for p in student.parameters()) <= 250_000
+    settings = content["settings"]
+    assert settings["lr"] == 5e-3 and settings["crop_size"] == 65 and settings["seed"] == 3
+    plain = (str, int, float, bool, list, type(None))
+    assert all(type(value) in plain for value in settings.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_best_checkpoint_has_the_mIoU_that_it_says(runs, mode, tiny_voc):
+    student, content = kd_losses.load_student(runs / f"best_model_ultracompact_{mode}.pth")
+    data = voc_data.VOCDataset(voc_data.list_items(tiny_voc, "val"), voc_data.EvalTransform())
+    result = voc_data.evaluate(student, voc_data.eval_loader(data, 0), "cpu")
+    assert result.matrix.miou == pytest.approx(content["miou"], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shipped_weights_hold_the_student_alone(runs, mode):
+    student = kd_losses.STUDENTS["ultracompact"](pretrained=False)
+    assert weights(runs, mode).keys() == student.state_dict().keys()
+    kept = weights(runs, mode, f"epoch_{EPOCHS}")
+    assert kept.keys() == student.state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_report_says_result_score_data_times_and_settings(runs, mode):
+    text = (runs / f"training_report_ultracompact_{mode}.txt").read_text()
+    records = history(runs, mode)
+    best = max(record["val_miou"] for record in records)
+    content = torch.load(runs / f"best_model_ultracompact_{mode}.pth", weights_only=True)
+    score = 4 * best / (1 + content["parameters"] / 1e6)
+
+    def value(label):
+        return re.search(rf"^ *{label} +(\S+)", text, re.MULTILINE).group(1)
+
+    assert value("best val mIoU") == f"{best:.4f}"
+    assert value("final val mIoU") == f"{records[-1]['val_miou']:.4f}"
+    assert value("score") == f"{score:.4f}"
+    assert value("parameters") == f"{content['parameters']:,}"
+    assert value("training images") == "24" and value("validation images") == "8"
+    assert float(value("training, per epoch")) >= 0 and float(value("training, per image")) > 0
+    for name, setting in content["settings"].items():
+        assert re.search(rf"^ *{name} +{re.escape(str(setting))}$", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_curves_are_a_picture_with_two_panels(runs, mode):
+    with Image.open(runs / f"training_curves_ultracompact_{mode}.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape[1] > 1.5 * pixels.shape[0] > 300
+    middle = pixels.shape[1] // 2
+    coloured = pixels.max(axis=2) - pixels.min(axis=2) > 60
+    assert coloured[:, :middle].any() and coloured[:, middle:].any()
+
+
+def test_kept_copies_are_made_at_the_interval(runs):
+    names = sorted(path.name for path in runs.glob("epoch_*_ultracompact_none.pth"))
+    assert names == ["epoch_2_ultracompact_none.pth", "epoch_4_ultracompact_none.pth"]
+    early, late = (torch.load(runs / name, weights_only=True) for name in names)
+    assert (early["epoch"], late["epoch"]) == (2, 4)
+    assert not equal(early["model_state_dict"], late["model_state_dict"])
+
+
+def test_nothing_unfinished_is_left_behind(runs):
+    assert [path.name for path in runs.parent.rglob("*.tmp")] == []
+
+
+def test_modes_lead_to_different_weights(runs):
+    found = [weights(runs, mode, "last") for mode in MODES]
+    key = "student.classifier.1.weight"
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(found[first][key], found[second][key], atol=1e-4)
+
+
+# ------------------------------------------------------------------------ inside a training step
+
+
+def begin(root, folder, mode, teacher, *more):
+    """A `Training` and its train loader, as `main` makes them."""
+    args = parsed(root, folder, mode, teacher, *more)
+    train.check_args(args)
+    train.setup_processes(args)
+    _, train_items, val_items = train.find_data(args)
+    train.seed_everything(args.seed, 0, 0)
+    teacher = train.build_teacher(args)
+    loader, _ = train.build_loaders(args, train_items, val_items, teacher)
+    return train.Training(args, teacher, len(loader)), loader
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+@pytest.mark.parametrize("mode", ["response", "feature"])
+def test_step_trains_student_and_adapters_and_never_the_teacher(
+    mode, cache, tiny_voc, teacher_file, tmp_path
+):
+    more = ["--teacher_cache", cache, "--kd_levels", "low", "mid", "high"]
+    trainer, loader = begin(tiny_voc, tmp_path / "s", mode, teacher_file, *more)
+    network = trainer.teacher._network[0]
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    modules = {"student": trainer.student, "adapters": trainer.adapters}
+    start = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
+    trainer.module.train()
+    losses = trainer.step(next(iter(loader)), 0)
+    assert losses.keys() == {"loss", "ce", "kd"} and losses["kd"] > 0
+    for name, module in modules.items():
+        parameters = dict(module.named_parameters())
+        assert bool(parameters) is (name == "student" or mode == "feature")
+        for key, parameter in parameters.items():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+            assert not torch.equal(parameter, start[name][key]), key
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(module.training for module in network.modules())
+    assert equal(network.state_dict(), before)
+
+
+def test_average_of_the_weights_is_what_ema_says(tiny_voc, tmp_path):
+    more = ["--ema", 0.3, "--epochs", 20]
+    trainer, loader = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)
+    key = "classifier.1.weight"
+    average = trainer.averaged.state_dict()[key].clone()
+    trainer.module.train()
+    for step, batch in zip(range(30, 32), loader):
+        trainer.step(batch, step)
+        average = 0.3 * average + 0.7 * trainer.student.state_dict()[key]
+        torch.testing.assert_close(trainer.averaged.state_dict()[key], average)
+
+
+def test_rate_warms_up_and_falls_to_zero_with_the_backbone_below_the_head(tiny_voc, tmp_path):
+    more = ["--warmup", 4, "--lr", 1e-3, "--backbone_lr_factor", 0.25]
+    trainer, _ = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)
+    rates = []
+    for step in range(EPOCHS * trainer.steps_per_epoch):
+        trainer.set_rate(step)
+        groups = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert groups[0] == groups[1] == pytest.approx(0.25 * groups[2]) and groups[2] == groups[3]
+        rates.append(groups[2])
+    assert rates.index(max(rates)) == 3 and max(rates) <= 1e-3
+    assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_optimizer_holds_every_parameter_once_and_decays_no_norm_or_bias(
+    tiny_voc, teacher_file, tmp_path
+):
+    trainer, _ = begin(tiny_voc, tmp_path / "s", "feature", teacher_file)
+    groups = trainer.optimizer.param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    wanted = [*trainer.student.parameters(), *trainer.adapters.parameters()]
+    assert sorted(held) == sorted(id(p) for p in wanted)
+    for group in groups:
+        assert all((p.ndim > 1) is (group["weight_decay"] > 0) for p in group["params"])
+
+
+# --------------------------------------------------------------------- reproducible, resumable
+
+
+def test_second_run_with_one_seed_has_bit_equal_weights_and_history(runs, tiny_voc, teacher_file, tmp_path):
+    """With workers, and without the cache of pixels: neither may change what is computed."""
+    folder = tmp_path / "again"
+    more = ["--workers", 2, "--pixel_cache", "none"]
+    train.main(parsed(tiny_voc, folder, "response", teacher_file, *more))
+    assert equal(weights(folder, "response"), weights(runs, "response"))
+    assert equal(weights(folder, "response", "last"), weights(runs, "response", "last"))
+    assert without_times(history(folder, "response")) == without_times(history(runs, "response"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_run_that_fills_the_caches_equals_one_that_finds_them(mode, tiny_voc, teacher_file, tmp_path):
+    for name in ("first", "second"):
+        folder = tmp_path / name / "checkpoints"
+        more = ["--cache_dir", tmp_path / "cache", "--epochs", 1]
+        train.main(parsed(tiny_voc, folder, mode, teacher_file, *more))
+    first, second = (tmp_path / name / "checkpoints" for name in ("first", "second"))
+    assert equal(weights(first, mode), weights(second, mode))
+    assert without_times(history(first, mode)) == without_times(history(second, mode))
+
+
+def test_run_with_another_seed_has_other_weights(runs, tiny_voc, tmp_path):
+    train.main(parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--seed", 4, "--epochs", 1))
+    assert history(tmp_path / "s", "none")[0]["loss"] != history(runs, "none")[0]["loss"]
+
+
+@pytest.mark.parametrize("moment", ["inside an epoch", "between best and last"])
+def test_resumed_run_equals_the_uninterrupted_one(
+    moment, runs, tiny_voc, teacher_file, tmp_path, monkeypatch
+):
+    folder, mode = tmp_path / "resumed", "feature"  # the mode with the most state
+    cache = runs.parent / "cache"
+    args = [tiny_voc, folder, mode, teacher_file, "--checkpoint_interval", 2, "--cache_dir", cache]
+    with monkeypatch.context() as patch:
+        if moment == "inside an epoch":
+            step = train.Training.step
+            patch.setattr(
+                train.Training, "step",
+                lambda self, batch, number: interrupt() if number == 7 else step(self, batch, number),
+            )  # fmt: skip
+        else:
+            save = train.save_whole
+            patch.setattr(
+                train, "save_whole",
+                lambda content, path: interrupt()
+                if "last" in path.name and content["epoch"] == 3 else save(content, path),
+            )  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            train.main(parsed(*args))
+    saved = torch.load(folder / f"last_ultracompact_{mode}.pth", weights_only=True)
+    assert saved["epoch"] == 2
+    train.main(parsed(*args))
+    for kind in ("best_model", "last", "epoch_4"):
+        assert equal(weights(folder, mode, kind), weights(runs, mode, kind)), kind
+    assert without_times(history(folder, mode)) == without_times(history(runs, mode))
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_finished_run_is_not_trained_again(runs, tiny_voc, teacher_file, capsys):
+    """Report and curves may be written anew; weights and history stay as they are."""
+    kept = [path for path in runs.iterdir() if path.suffix in (".pth", ".jsonl")]
+    before = {path: digest(path) for path in kept}
+    train.main(parsed(tiny_voc, runs, "none", teacher_file, "--checkpoint_interval", 2))
+    assert "nothing left" in capsys.readouterr().out
+    assert {path: digest(path) for path in kept} == before
+
+
+def test_resume_with_other_settings_is_refused_and_changes_nothing(runs, tiny_voc, teacher_file):
+    before = {path.name: digest(path) for path in runs.iterdir()}
+    with pytest.raises(UsageError, match=r"lr \(was 0.005, now 0.001\)"):
+        train.main(parsed(tiny_voc, runs, "none", teacher_file, "--lr", 1e-3))
+    assert {path.name: digest(path) for path in runs.iterdir()} == before
+
+
+def test_fresh_start_over_older_results_needs_overwrite(runs, tiny_voc, teacher_file, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    name = "best_model_ultracompact_none.pth"
+    shutil.copy(runs / name, folder / name)
+    with pytest.raises(UsageError, match="--overwrite"):
+        train.main(parsed(tiny_voc, folder, "none", teacher_file))
+    assert digest(folder / name) == digest(runs / name)
+    train.main(parsed(tiny_voc, folder, "none", teacher_file, "--overwrite", "--epochs", 1))
+    assert torch.load(folder / name, weights_only=True)["epoch"] == 1
+
+
+def test_teacher_that_lacks_the_features_is_refused_in_feature_mode(tiny_voc, tmp_path, monkeypatch):
+    class OnlyLogits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 21, 1)
+
+        def forward(self, image):
+            return {"out": self.conv(image)}
+
+    teacher = kd_losses.Teacher(OnlyLogits(), "only_logits")
+    monkeypatch.setattr(kd_losses, "load_teacher", lambda *_: teacher)
+    with pytest.raises(DataError, match="only_logits has no features high"):
+        train.main(parsed(tiny_voc, tmp_path / "s", "feature", "x.pt2"))
+    train.main(parsed(tiny_voc, tmp_path / "s", "response", "x.pt2", "--epochs", 1))
+    assert history(tmp_path / "s", "response")[0]["kd"] > 0
+
+
+def test_extra_images_count_in_the_distillation_term(tiny_voc, teacher_file, sample_root, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for image_id in voc_data.read_split(sample_root, "train")[-16:]:
+        shutil.copy(sample_root / "JPEGImages" / f"{image_id}.jpg", photos)
+    more = ["--extra_images", photos, "--epochs", 1]
+    train.main(parsed(tiny_voc, tmp_path / "s", "response", teacher_file, *more))
+    record = history(tmp_path / "s", "response")[0]
+    assert record["images"] == 40 and record["kd"] > 0
+    report = (tmp_path / "s" / "training_report_ultracompact_response.txt").read_text()
+    assert re.search(r"without ground truth +16$", report, re.MULTILINE)
+
+
+def test_training_on_validation_images_ends_with_status_2_unless_allowed(tiny_voc, run_script, tmp_path):
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--train_split", "val")
+    with pytest.raises(UsageError, match="8 images .*--allow_val_in_train"):
+        train.main(args)
+    done = run_script(
+        "train.py", "--data_root", tiny_voc, "--no_pretrained", "--train_split", "val",
+        "--save_dir", tmp_path / "s", "--workers", 0, "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--allow_val_in_train" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "s").exists()
+    args.allow_val_in_train, args.epochs = True, 1
+    train.main(args)
+    content = torch.load(tmp_path / "s" / "best_model_ultracompact_none.pth", weights_only=True)
+    assert content["settings"]["allow_val_in_train"] is True
+
+
+def test_early_stopping_after_patience_without_a_better_miou(tiny_voc, tmp_path, capsys, monkeypatch):
+    mious = iter([0.3, 0.2, 0.25, 0.9])
+    validate = train.Training.validate
+    monkeypatch.setattr(
+        train.Training, "validate", lambda self, loader: validate(self, loader) | {"val_miou": next(mious)}
+    )
+    train.main(parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--patience", 2))
+    assert [record["val_miou"] for record in history(tmp_path / "s", "none")] == [0.3, 0.2, 0.25]
+    content = torch.load(tmp_path / "s" / "best_model_ultracompact_none.pth", weights_only=True)
+    assert content["epoch"] == 1 and content["miou"] == 0.3
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny_voc, tmp_path, monkeypatch):
+    step = train.compute_losses
+    calls = []
+
+    def explode(*args):
+        losses = step(*args)
+        calls.append(1)
+        return losses if len(calls) != 5 else losses | {"loss": losses["loss"] * float("nan")}
+
+    monkeypatch.setattr(train, "compute_losses", explode)
+    with pytest.raises(DataError, match=r"nan in epoch 2, step 2 \(images sample_train_.*--lr"):
+        train.main(parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50"))
+    saved = torch.load(tmp_path / "s" / "last_ultracompact_none.pth", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(v.isfinite().all() for v in saved["student"].values())
+
+
+# ---------------------------------------------------------------------- the lists of commands
+
+PARSERS = {
+    "train.py": train.get_args_parser, "test.py": test_script.get_args_parser,
+    "test_pretrained_fcn.py": fcn_script.get_args_parser, "voc_data.py": voc_data.get_args_parser,
+}  # fmt: skip
+
+
+def commands(name):
+    """The commands of train.txt or test.txt, as lists of words."""
+    path = ROOT / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not there")
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "test.txt"])
+def test_every_line_of_the_command_lists_parses(name):
+    found = [words for words in commands(name) if words[0] == "python"]
+    assert found
+    for words in found:
+        assert (ROOT / words[1]).is_file()
+        try:
+            args = PARSERS[words[1]]().parse_args(words[2:])
+        except SystemExit:
+            pytest.fail(f"{name}: {shlex.join(words)}")
+        if words[1] == "train.py":
+            train.check_args(args)
+        if words[1] == "test.py":
+            test_script.check_args(args)
+
+
+def test_train_txt_trains_all_six_variants():
+    parser = train.get_args_parser()
+    runs = [parser.parse_args(words[2:]) for words in commands("train.txt") if words[1] == "train.py"]
+    variants = {(args.model, args.kd_mode) for args in runs}
+    assert variants == {(model, mode) for model in kd_losses.STUDENTS for mode in MODES}
+
+
+# --------------------------------------------------------------------------------- test.py
+
+
+def measure(tiny_voc, output, *more):
+    """Run test.py quickly; returns the rows of results.json, read strictly."""
+    flags = [
+        "--data_root", tiny_voc, "--output_dir", output, "--device", "cpu", "--workers", 0,
+        "--speed_size", 33, "--speed_repeats", 2, *more,
+    ]  # fmt: skip
+    test_script.main(test_script.get_args_parser().parse_args([str(flag) for flag in flags]))
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tested(runs, teacher_file, tiny_voc, tmp_path_factory):
+    """test.py over every checkpoint of a folder, with overlays: (output folder, rows)."""
+    folder = tmp_path_factory.mktemp("tested")
+    for path in (*runs.glob("best_model_*.pth"), *runs.glob("history_*"), teacher_file):
+        shutil.copy(path, folder)
+    output = folder / "report"
+    more = ["--save_dir", folder, "--visualize", "--num_vis", 2]
+    return output, measure(tiny_voc, output, *more)
+
+
+def test_without_checkpoints_every_best_model_of_the_folder_is_tested_in_order(tested):
+    _, rows = tested
+    assert [(row["model"], row["kd_mode"]) for row in rows] == [
+        *(("ultracompact", mode) for mode in MODES), ("standard", "none"),
+    ]  # fmt: skip
+
+
+def test_row_has_miou_score_gain_and_cost(tested, runs):
+    _, rows = tested
+    for row in rows[:3]:
+        path = runs / f"best_model_ultracompact_{row['kd_mode']}.pth"
+        content = torch.load(path, weights_only=True)
+        assert row["miou"] == pytest.approx(content["miou"], abs=1e-3)
+        assert row["parameters"] == content["parameters"]
+        assert row["score"] == pytest.approx(4 * row["miou"] / (1 + row["parameters"] / 1e6))
+        assert row["gain"] == pytest.approx(100 * (row["miou"] - rows[0]["miou"]))
+        assert row["macs"] > 0 and row["latency_ms"] > 0 and row["images"] == 8
+        present = [iou for iou in row["iou"].values() if iou is not None and iou == iou]
+        assert statistics.mean(present) == pytest.approx(row["miou"])
+    assert rows[3]["gain"] == 0
+
+
+def test_tables_in_four_formats_say_the_same(tested):
+    output, rows = tested
+    markdown = (output / "results.md").read_text().splitlines()
+    latex = (output / "results.tex").read_text()
+    with open(output / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(rows) and "\\toprule" in latex
+    assert set(table[0]) >= {"model", "kd_mode", "miou", "score", *(f"iou_{c}" for c in CLASSES)}
+    for line, from_csv, row in zip(markdown[2:], table, rows):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [row["model"], row["kd_mode"]]
+        figures = [f"{100 * row['miou']:.2f}", f"{row['parameters']:,}", f"{row['score']:.3f}"]
+        assert [cells[2], cells[5], cells[9]] == figures
+        assert float(from_csv["miou"]) == row["miou"]
+        assert any(all(f in line for f in figures) for line in latex.splitlines())
+    per_class = (output / "per_class.md").read_text()
+    assert all(name in per_class for name in CLASSES)
+
+
+@pytest.mark.parametrize("name", ["results.json"])
+def test_json_is_strict_json_without_nan(tested, name):
+    """An absent class is NaN in Python; JSON has no such number, and other readers stop at it."""
+    output, _ = tested
+
+    def refuse(constant):
+        pytest.fail(f"{name} holds {constant}, which is not JSON")
+
+    json.loads((output / name).read_text(), parse_constant=refuse)
+
+
+def test_visualize_writes_a_sheet_for_each_variant_and_one_of_all(tested):
+    output, rows = tested
+    names = {f"overlays_{row['model']}_{row['kd_mode']}.jpg" for row in rows}
+    names |= {"overlays_compared.jpg", "per_class_iou.png", "training_curves.png"}
+    assert names <= {path.name for path in output.iterdir()}
+    for name in names:
+        with Image.open(output / name) as picture:
+            assert min(picture.size) > 100
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_one_checkpoint_alone_is_tested_at_its_own_eval_size(runs, tiny_voc, tmp_path):
+    path = tmp_path / "small.pth"
+    content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
+    torch.save(content | {"eval_size": 65}, path)
+    (row,) = measure(tiny_voc, tmp_path / "a", "--checkpoint", path)
+    assert row["eval_size"] == 65 and row["gain"] == 0
+    (native,) = measure(tiny_voc, tmp_path / "b", "--checkpoint", path, "--eval_size", 0)
+    assert native["eval_size"] == 0
+    assert native["miou"] == pytest.approx(content["miou"], abs=1e-3)
+    assert native["loss"] != row["loss"]
+
+
+def test_several_seeds_of_one_variant_are_summed_up(runs, tiny_voc, tmp_path):
+    second = tmp_path / "other_seed.pth"
+    content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
+    state = content["model_state_dict"]
+    state["classifier.1.bias"] = state["classifier.1.bias"].flip(0)
+    torch.save(content, second)
+    paths = [runs / "best_model_ultracompact_none.pth", second]
+    rows = measure(tiny_voc, tmp_path / "out", "--checkpoint", *paths)
+    mious = [100 * row["miou"] for row in rows]
+    assert len(mious) == 2 and mious[0] != mious[1]
+    line = (tmp_path / "out" / "seeds.md").read_text().splitlines()[2]
+    assert f"{statistics.mean(mious):.2f}" in line and f"{statistics.stdev(mious):.2f}" in line
+
+
+def test_no_checkpoint_at_all_is_an_error_that_names_train_py(tiny_voc, tmp_path):
+    with pytest.raises(DataError, match="no best_model_.*train.py"):
+        measure(tiny_voc, tmp_path / "out", "--save_dir", tmp_path)
+
+
+def test_model_flag_that_disagrees_with_the_checkpoint_is_refused(runs, tiny_voc, tmp_path):
+    path = runs / "best_model_ultracompact_none.pth"
+    with pytest.raises(UsageError, match="holds ultracompact, not --model standard"):
+        measure(tiny_voc, tmp_path / "out", "--checkpoint", path, "--model", "standard")
+
+
+def test_model_flag_alone_chooses_among_the_checkpoints(tested, tiny_voc, tmp_path):
+    folder = tested[0].parent
+    rows = measure(tiny_voc, tmp_path, "--save_dir", folder, "--model", "standard")
+    assert [row["model"] for row in rows] == ["standard"]
+
+
+def photographs(runs, output, *paths):
+    flags = ["--checkpoint", runs / "best_model_ultracompact_none.pth", "--image", *paths,
+             "--output_dir", output, "--device", "cpu"]  # fmt: skip
+    test_script.main(test_script.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def test_image_writes_an_overlay_for_each_photograph_and_needs_no_data(
+    runs, tiny_voc, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(voc_data, "find_voc", None)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    files = sorted((tiny_voc / "JPEGImages").iterdir())[:2]
+    shutil.copy(files[0], folder)
+    (folder / "notes.txt").write_text("no picture")
+    photographs(runs, tmp_path / "out", folder, files[1])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(f"photo_{path.stem}.jpg" for path in files)
+    with Image.open(tmp_path / "out" / names[0]) as picture:
+        assert picture.size[0] > 1.5 * picture.size[1] / 2 > 50
+
+
+def test_photographs_of_one_name_do_not_overwrite_each_other(runs, tiny_voc, tmp_path):
+    photo = next((tiny_voc / "JPEGImages").iterdir())
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(photo, tmp_path / name / "beach.jpg")
+    photographs(runs, tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+# -------------------------------------------------------------------------- test_pretrained_fcn.py
+
+
+def test_pretrained_fcn_end_to_end_leaves_its_row_for_the_table(
+    fake_torch_home, tiny_voc, runs, tmp_path, monkeypatch, capsys
+):
+    """The default teacher from torchvision's cache, on a list of two images."""
+    root = tmp_path / "VOC2012"
+    shutil.copytree(tiny_voc, root)
+    ids = voc_data.read_split(root, "val")[:2]
+    (root / "ImageSets" / "Segmentation" / "two.txt").write_text("\n".join(ids))
+    monkeypatch.setenv("TORCH_HOME", str(fake_torch_home))
+    flags = ["--data_root", root, "--val_split", "two", "--output_dir", tmp_path / "out", "--device",
+             "cpu", "--speed_size", 33, "--speed_repeats", 1, "--workers", 0]  # fmt: skip
+    fcn_script.main(fcn_script.get_args_parser().parse_args([str(flag) for flag in flags]))
+    out = capsys.readouterr().out
+    (row,) = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("teacher_*.json")]
+    assert row["model"] == "fcn_resnet50" and row["images"] == 2
+    assert row["parameters"] == 32_957_013  # of FCN-ResNet50 without its auxiliary head
+    assert f"mIoU {row['miou']:.4f}" in out and all(name in out for name in CLASSES)
+
+    weights = fake_torch_home / "hub" / "checkpoints" / FCN_FILE
+    teacher = kd_losses.load_teacher("fcn_resnet50", weights)
+    matrix = voc_data.ConfusionMatrix()
+    for image_id in ids:
+        item = voc_data.Item(
+            image_id, root / f"JPEGImages/{image_id}.jpg", root / f"SegmentationClass/{image_id}.png"
+        )
+        image, labels = (torch.from_numpy(array) for array in voc_data.read_item(item))
+        logits = teacher(voc_data.normalise(image.permute(2, 0, 1)[None]))["out"]
+        matrix.update(labels, logits[0].argmax(0))
+    assert row["miou"] == pytest.approx(matrix.miou, abs=1e-4)
+
+    path = runs / "best_model_ultracompact_none.pth"
+    rows = measure(tiny_voc, tmp_path / "out", "--checkpoint", path)
+    assert [r["kd_mode"] for r in rows] == ["none", "teacher"]
+    assert "fcn_resnet50" in (tmp_path / "out" / "results.md").read_text()
