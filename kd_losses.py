@@ -165,8 +165,11 @@ def load_student(path):
     """
     checkpoint = read_checkpoint(path)
     name = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if name not in STUDENTS or "model_state_dict" not in checkpoint:
-        raise DataError(f"{path} is not a checkpoint of this project (written by train.py)")
+    if name not in list(STUDENTS) or "model_state_dict" not in checkpoint:
+        raise DataError(
+            f"{path} is not a best_model_*.pth (or epoch_*.pth) that train.py wrote: it does not "
+            "hold a student"
+        )
     student = STUDENTS[name](checkpoint.get("num_classes", NUM_CLASSES), pretrained=False)
     try:
         student.load_state_dict(checkpoint["model_state_dict"])
@@ -325,11 +328,13 @@ def torchvision_teacher(name, weights_file):
                 f"it is damaged, or download {weights.url} and name it with --teacher_weights."
             ) from error
     state = read_checkpoint(weights_file)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise DataError(f"--teacher_weights {weights_file} is not a state dict")
     aux = {"aux_loss": True} if any(key.startswith("aux_classifier") for key in state) else {}
     network = models.get_model(name, weights=None, weights_backbone=None, **aux)
     try:
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         raise DataError(f"--teacher_weights {weights_file} does not fit {name}: {last}") from error
     return network

@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import statistics
 from collections import defaultdict
@@ -162,7 +163,9 @@ def measure(args, student, items, device):
     ious = {}
 
     def remember(index, labels, prediction):
-        ious[items[index].id] = voc_data.image_iou(labels.cpu(), prediction.cpu())
+        value = voc_data.image_iou(labels.cpu(), prediction.cpu())
+        if not math.isnan(value):  # an image that is all void has none
+            ious[items[index].id] = value
 
     result = voc_data.evaluate(
         student.network, voc_data.eval_loader(data, args.workers), device, on_image=remember
@@ -228,7 +231,7 @@ def write_tables(rows, output, what):
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
     write_text(latex + "\n", output / "results.tex")
     write_csv(rows, output / "results.csv")
-    write_text(json.dumps(rows, indent=1) + "\n", output / "results.json")
+    write_text(voc_data.strict_json(rows), output / "results.json")
     names = [f"{row['model']} {row['kd_mode']}" for row in rows]
     per_class = [[c, *(percent(row["iou"][c]) for row in rows)] for c in CLASSES]
     per_class.append(["mean", *(percent(row["miou"]) for row in rows)])
@@ -239,8 +242,8 @@ def write_tables(rows, output, what):
 
 
 def percent(value):
-    """A share as a percentage; a dash for NaN."""
-    return "-" if value != value else f"{100 * value:.1f}"
+    """A share as a percentage; a dash for NaN (None, once it has been through JSON)."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def write_csv(rows, path):
@@ -300,7 +303,7 @@ def draw_per_class(rows, path):
     width = 0.8 / len(rows)
     for number, row in enumerate(rows):
         places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(CLASSES))]
-        heights = [100 * row["iou"][name] for name in CLASSES]
+        heights = [100 * (row["iou"][name] or 0) for name in CLASSES]
         axis.bar(places, heights, width, label=f"{row['model']} {row['kd_mode']}")
     axis.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axis.set(ylabel="IoU %", xlim=(-0.6, len(CLASSES) - 0.4))
@@ -397,6 +400,7 @@ def overlay_photographs(args, students, device, output):
         paths += [p for p in inside if p == given or p.suffix.lower() in voc_data.IMAGE_SUFFIXES]
     if not paths:
         raise DataError(f"--image {' '.join(args.image)}: there is no picture")
+    written = set()
     for path in paths:
         image = voc_data.read_image(path)
         panels = [(path.name, image, [])]
@@ -404,7 +408,10 @@ def overlay_photographs(args, students, device, output):
             labels = predict(student, image, args.photo_size, device)
             title = f"{student.model} {student.kd_mode}"
             panels.append((title, voc_data.overlay(image, labels), voc_data.objects_in(labels)))
-        target = output / f"photo_{path.stem}.jpg"
+        target, again = output / f"photo_{path.stem}.jpg", 2
+        while target in written:
+            target, again = output / f"photo_{path.stem}_{again}.jpg", again + 1
+        written.add(target)
         voc_data.overlay_sheet([panels], target)
         print(f"{path} -> {target}")
 

@@ -12,7 +12,6 @@ another test: https://docs.pytorch.org/vision/stable/models.html
 """
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
@@ -81,7 +80,7 @@ def main(args):
         f"{args.speed_size} on {row['device']} | score {row['score']:.4f}"
     )
     path = Path(args.output_dir) / f"teacher_{re.sub(r'[^A-Za-z0-9]+', '_', teacher.name)}.json"
-    voc_data.write_whole((json.dumps(row, indent=1) + "\n").encode(), path)
+    voc_data.write_whole(voc_data.strict_json(row).encode(), path)
     print(f"its row for the table of test.py: {path}")
 
 

@@ -181,9 +181,10 @@ def main(args):
     args.data_key = data_key(train_items, val_items)
     if resumed:
         check_same_settings(args, resumed)
-    seed_everything(args.seed, epoch=0, rank=args.rank)
     teacher = build_teacher(args)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
+    # Just before the student is made: one seed gives all modes the same start.
+    seed_everything(args.seed, epoch=0, rank=args.rank)
     trainer = Training(args, teacher, len(train_data))
     if resumed:
         trainer.load_state_dict(resumed)
@@ -573,7 +574,7 @@ class Training:
     def set_rate(self, step):
         """The learning rate of a step: linear warm-up, then down to 0 along the schedule."""
         total = self.args.epochs * self.steps_per_epoch
-        done = step / total
+        done = min(1.0, step / total)
         factor = (1 - done) ** 0.9
         if self.args.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * done))

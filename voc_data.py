@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import json
 import math
 import os
 import platform
@@ -210,7 +211,10 @@ def download_voc(folder):
     A download that was cut off starts again; the unpacked tree appears under its name only when it
     is whole.
     """
-    voc = DATASET_YEAR_DICT["2012"]
+    voc, target = DATASET_YEAR_DICT["2012"], folder / "VOCdevkit" / "VOC2012"
+    if target.exists():
+        print(f"{target} is there already")
+        return target
     print(f"downloading VOC 2012 from {voc['url']} into {folder}")
     unpacked = folder / INCOMPLETE
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -220,9 +224,10 @@ def download_voc(folder):
         )
     except (OSError, RuntimeError) as error:
         raise DataError(f"the download failed ({error}).\n{not_found_message([folder])}") from error
-    (unpacked / "VOCdevkit").rename(folder / "VOCdevkit")
-    unpacked.rmdir()
-    return folder / "VOCdevkit" / "VOC2012"
+    target.parent.mkdir(exist_ok=True)
+    (unpacked / "VOCdevkit" / "VOC2012").rename(target)
+    shutil.rmtree(unpacked)
+    return target
 
 
 def read_split(root, split):
@@ -590,7 +595,13 @@ def pixel_cache(items, cache_dir, workers=0):
     def fill(unfinished):
         images = ArrayStoreWriter(unfinished, "images", np.uint8)
         masks = ArrayStoreWriter(unfinished, "masks", np.uint8)
-        decoded = DataLoader(RawPictures(items), batch_size=None, num_workers=workers)
+        decoded = DataLoader(
+            RawPictures(items),
+            batch_size=None,
+            generator=torch.Generator(),  # leave the global one alone
+            num_workers=workers,
+            worker_init_fn=leave_sigterm_to_parent,
+        )
         for image, mask in tqdm(
             decoded, "decoding once", len(items), unit="img", leave=False, disable=None
         ):
@@ -880,6 +891,12 @@ class ShardSampler(Sampler):
         return iter(self.indices)
 
 
+def leave_sigterm_to_parent(worker_id):
+    """In a loader worker: a SIGTERM to the whole group is the parent's to handle, which ends us."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin_memory=False):
     """Shuffled full batches; call `loader.sampler.set_epoch(epoch)` before each epoch.
 
@@ -898,6 +915,7 @@ def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin
         sampler=sampler,
         generator=torch.Generator(),  # or it would draw from the generator that dropout uses
         num_workers=workers,
+        worker_init_fn=leave_sigterm_to_parent,
         drop_last=True,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -909,7 +927,12 @@ def eval_loader(dataset, workers, rank=0, world_size=1):
     """One image at a time, at its own size, in order; this rank's share."""
     sampler = ShardSampler(len(dataset), rank, world_size)
     return DataLoader(
-        dataset, batch_size=1, sampler=sampler, generator=torch.Generator(), num_workers=workers
+        dataset,
+        batch_size=1,
+        sampler=sampler,
+        generator=torch.Generator(),
+        num_workers=workers,
+        worker_init_fn=leave_sigterm_to_parent,
     )
 
 
@@ -1118,6 +1141,19 @@ def write_whole(data, path):
         ) from error
 
 
+def strict_json(value):
+    """The JSON text of plain values; NaN, which JSON does not have, becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
 def write_figure(figure, path):
     """Save and close a matplotlib figure, whole or not at all; the suffix gives the format."""
     from matplotlib import pyplot as plt
@@ -1148,7 +1184,7 @@ def overlay(image, labels):
 
 
 def image_iou(labels, prediction):
-    """Mean IoU of one picture over the classes in its ground truth, 0..1."""
+    """Mean IoU of one picture over the classes in its ground truth, 0..1; NaN if all is void."""
     matrix = ConfusionMatrix()
     matrix.update(torch.as_tensor(labels), torch.as_tensor(prediction))
     return matrix.miou

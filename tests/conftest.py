@@ -13,7 +13,9 @@ from torchvision import models
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+# Two threads that share their cores with other work wait for each other: OMP_NUM_THREADS=1 helps.
+THREADS = os.environ.get("OMP_NUM_THREADS", "2")
+torch.set_num_threads(int(THREADS))
 
 import voc_data  # noqa: E402  (found through the path set above)
 
@@ -69,7 +71,7 @@ def run_script(tmp_path):
         cwd = Path(cwd or tmp_path / "cwd")
         cwd.mkdir(parents=True, exist_ok=True)
         settings = {
-            "OMP_NUM_THREADS": "2", "http_proxy": "http://127.0.0.1:9",
+            "OMP_NUM_THREADS": THREADS, "http_proxy": "http://127.0.0.1:9",
             "https_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1",
             "KAGGLEHUB_CACHE": str(tmp_path / "no_kagglehub"),
         }  # fmt: skip

@@ -2,11 +2,11 @@
 
     python tests/kill_test.py --kills 20
 
-A real process of train.py on part of the synthetic sample, on the CPU, is killed (SIGKILL) at random
-moments: while it starts, in an epoch, and while it writes a file, which is told from the unfinished
-file that is left behind. The same command starts it again each time. At the end the checkpoints must
-be equal bit by bit to those of an undisturbed run, the history must have each epoch once, and no
-unfinished file may be left. Takes about ten seconds a kill.
+A real process of train.py on part of the synthetic sample, on the CPU, is killed (SIGKILL) at
+random moments: while it starts, in an epoch, and while it writes a file, which is told from the
+unfinished file that is left behind. The same command starts it again each time. At the end the
+checkpoints must be equal bit by bit to those of an undisturbed run, the history must have each epoch
+once, and no unfinished file may be left. Takes about ten seconds a kill.
 """
 
 import argparse
@@ -165,6 +165,7 @@ def kill_in_a_write(run, rng):
         last = now
         if seen >= limit and now:
             return
+        time.sleep(0.0003)
 
 
 def live_and_die(run, how, rng):
@@ -197,9 +198,10 @@ def torture(run, kills, seed=0, in_writes=0.5):
         counts["in a write"] += in_write
         counts["while starting"] += how is kill_while_starting
         print(
-            f"kill {counts['kills']:>2}: {how.__name__:<20} in a write: {'yes' if in_write else 'no':<4}"
-            f" epochs saved: {run.epochs_done()}/{run.epochs}", flush=True,
-        )  # fmt: skip
+            f"kill {counts['kills']:>2}: {how.__name__:<20} in a write: "
+            f"{'yes' if in_write else 'no':<4} epochs saved: {run.epochs_done()}/{run.epochs}",
+            flush=True,
+        )
     status, output = run.start().wait()
     if status:
         raise AssertionError(f"the last restart ended with status {status}:\n{output}")
@@ -255,7 +257,7 @@ def compare(run, reference):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, help="of the training (default: two a kill)")
+    parser.add_argument("--epochs", type=int, help="of the training (default: five for four kills)")
     parser.add_argument("--kd_mode", default="feature", choices=("none", "response", "feature"))
     parser.add_argument("--workers", type=int, default=0, help="loader processes of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -264,7 +266,7 @@ def main():
     )
     args = parser.parse_args()
     more = ["--overwrite"] if args.overwrite else []
-    start, epochs = time.monotonic(), args.epochs or 2 * args.kills
+    start, epochs = time.monotonic(), args.epochs or 5 * args.kills // 4
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = make_data(folder)

@@ -1,7 +1,7 @@
 """Bad input: one message on stderr, status 1 (data) or 2 (usage), no traceback, nothing written.
 
-Most of it calls the scripts' `main` in this process, through the `run_script` of voc_data that every
-script ends in: an exception that it does not turn into a message fails the test by itself.
+Most of it calls the scripts' `main` in this process, through the `run_script` of voc_data that
+every script ends in: an exception that it does not turn into a message fails the test by itself.
 """
 
 import contextlib
@@ -418,8 +418,8 @@ def test_bad_flag(flags, run_train, tmp_path):
 )  # fmt: skip
 def test_bad_flag_of_test(flags, run, voc, student_file, tmp_path):
     result = run(
-        test_script, "--checkpoint", student_file(), "--data_root", voc, "--device", "cpu", "--workers", 0,
-        "--output_dir", tmp_path / "report", *flags.split(),
+        test_script, "--checkpoint", student_file(), "--data_root", voc, "--device", "cpu",
+        "--workers", 0, "--output_dir", tmp_path / "report", *flags.split(),
     )  # fmt: skip
     assert_refused(result, 2, flags.split()[0].lstrip("-"))
     assert_nothing_written(tmp_path, "student.pth")
@@ -470,7 +470,8 @@ def test_photographs_that_are_missing_or_broken(run, student_file, tmp_path):
 @pytest.mark.parametrize("folder, words", [("nowhere", "not a folder"), ("empty", "no picture")])
 def test_extra_images_that_are_not_there(folder, words, run_train, student_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    result = run_train("--kd_mode", "response", "--teacher", student_file(), "--extra_images", folder)
+    teacher = student_file()
+    result = run_train("--kd_mode", "response", "--teacher", teacher, "--extra_images", folder)
     assert_refused(result, 1, folder, words)
     assert_nothing_written(tmp_path, "student.pth")
 
@@ -480,7 +481,7 @@ def test_extra_images_that_are_not_there(folder, words, run_train, student_file,
 
 @pytest.fixture
 def student_file(tmp_path):
-    """`student_file(**changes)`: a checkpoint of an untrained student, with these entries changed."""
+    """`student_file(**changes)`: an untrained student's checkpoint, with these entries changed."""
 
     def make(classes=voc_data.NUM_CLASSES, **changes):
         torch.manual_seed(0)
@@ -571,7 +572,8 @@ def nothing(path, marker):
 
 BAD_FILES = [
     truncated, empty, text, web_page, picture, plain_pickle, code_in_zip, code_in_old_format,
-    code_in_bare_pickle, whole_module, state_of_another_network, a_list, a_tensor, a_folder, nothing,
+    code_in_bare_pickle, whole_module, state_of_another_network, a_list, a_tensor, a_folder,
+    nothing,
 ]  # fmt: skip
 
 
@@ -702,7 +704,8 @@ def test_exported_teachers(run_train, tmp_path):
     result = run_train("--kd_mode", "feature", "--teacher", good)
     assert_refused(result, 1, "good.pt2", "high", "--kd_mode response")
     other = export(tmp_path / "other.pt2", classes=7)
-    assert_refused(run_train("--kd_mode", "response", "--teacher", other), 1, "other.pt2", "7", "21")
+    result = run_train("--kd_mode", "response", "--teacher", other)
+    assert_refused(result, 1, "other.pt2", "7", "21")
     bare = export(tmp_path / "bare.pt2", bare=True)
     assert_refused(run_train("--kd_mode", "response", "--teacher", bare), 1, "bare.pt2")
     (tmp_path / "text.pt2").write_text("hello")
@@ -945,14 +948,6 @@ def test_loss_that_is_not_finite(run_train, tmp_path, monkeypatch):
     assert contents(save) == before
 
 
-def test_learning_rate_that_blows_up(run_train, voc, tmp_path):
-    """The real thing: weights that grow until the loss is no number."""
-    list_of(voc, "train").write_text("\n".join(TRAIN_IDS * 6) + "\n")
-    result = run_train(*"--lr 1e30 --optimizer sgd --warmup 0 --pixel_cache none".split())
-    assert_refused(result, 1, "epoch 1, step", "images t")
-    assert_nothing_written(tmp_path)
-
-
 def history(save, run="ultracompact_none"):
     return [json.loads(line) for line in (save / f"history_{run}.jsonl").read_text().splitlines()]
 
@@ -994,7 +989,8 @@ def test_classes_absent_from_the_split(run_train, voc, tmp_path, run):
     assert 0 <= record["val_miou"] <= 1
     status, _, stderr = run(
         test_script, "--save_dir", tmp_path / "save", "--data_root", voc, "--device", "cpu",
-        "--output_dir", tmp_path / "report", "--speed_size", 33, "--speed_repeats", 1, "--workers", 0,
+        "--output_dir", tmp_path / "report", "--speed_size", 33, "--speed_repeats", 1,
+        "--workers", 0,
     )  # fmt: skip
     assert (status, stderr) == (0, "")
     [row] = json.loads((tmp_path / "report/results.json").read_text())

@@ -170,13 +170,17 @@ def test_normalise_without_colour_is_that_of_torchvision_over_all_bytes():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     expected = TF.normalize(images.float() / 255, voc_data.IMAGENET_MEAN, voc_data.IMAGENET_STD)
     torch.testing.assert_close(voc_data.normalise(images), expected, atol=2e-6, rtol=0)
-    torch.testing.assert_close(voc_data.normalise(images, torch.ones(2, 3)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        voc_data.normalise(images, torch.ones(2, 3)), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_strong_colour_stays_within_black_and_white():
     images = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
     out = voc_data.normalise(images, torch.tensor([[1.9, 1.9, 1.9]] * 4))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (voc_data.IMAGENET_MEAN, voc_data.IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (voc_data.IMAGENET_MEAN, voc_data.IMAGENET_STD)
+    )
     pixels = out * std + mean
     assert pixels.min() >= -1e-5 and pixels.max() <= 1 + 1e-5
 

@@ -76,7 +76,9 @@ def undisturbed(folder):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("part", ["student", "averaged", "adapters", "optimizer", "best", "history"])
+@pytest.mark.parametrize(
+    "part", ["student", "averaged", "adapters", "optimizer", "best", "history"]
+)
 def test_all_ranks_end_equal(undisturbed, part):
     """Weights and BatchNorm statistics, the adapters of feature mode, and what was measured."""
     one, other = (dict(state["state"]) for state in undisturbed)

@@ -172,7 +172,8 @@ def test_augmented_masks_beside_the_official_ones(tmp_path):
     )
     items = voc_data.list_items(voc_data.find_voc(tmp_path), "trainaug")
     assert [item.id for item in items] == [more, "2007_000032"]
-    assert [item.mask.parent.name for item in items] == ["SegmentationClassAug", "SegmentationClass"]
+    folders = [item.mask.parent.name for item in items]
+    assert folders == ["SegmentationClassAug", "SegmentationClass"]
 
 
 def test_kagglehub_cache(tmp_path, monkeypatch):

@@ -140,7 +140,9 @@ def test_response_loss_is_the_formula_at_any_temperature(batch, temperature):
 def test_response_loss_of_equal_logits_is_zero(batch):
     student, _, labels = batch
     shifted = student + 2.5  # the same distributions
-    assert response_based_kd_loss(student, shifted, labels, 2.0).item() == pytest.approx(0, abs=1e-5)
+    assert response_based_kd_loss(student, shifted, labels, 2.0).item() == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_response_loss_goes_from_teacher_to_student_and_not_back(batch):
@@ -248,7 +250,9 @@ def test_feature_loss_weighs_levels_alike_whatever_their_size(features):
 
 def test_feature_loss_of_zero_features_has_finite_gradients(features):
     _, teacher, labels = features
-    student = {level: torch.zeros_like(value, requires_grad=True) for level, value in teacher.items()}
+    student = {
+        level: torch.zeros_like(value, requires_grad=True) for level, value in teacher.items()
+    }
     feature_based_kd_loss(student, teacher, labels).backward()
     assert all(value.grad.isfinite().all() for value in student.values())
 

@@ -218,7 +218,9 @@ def test_evaluate_leaves_the_model_in_the_mode_it_found_it_in(items):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sum_of_the_shards_is_the_whole(items, world_size):
     whole, _ = evaluate(items, ColourNet())
-    shards = [evaluate(items, ColourNet(), rank=r, world_size=world_size) for r in range(world_size)]
+    shards = [
+        evaluate(items, ColourNet(), rank=r, world_size=world_size) for r in range(world_size)
+    ]
     counts = sum(result.matrix.counts for result, _ in shards)
     assert torch.equal(counts, whole.matrix.counts)
     assert sum(result.images for result, _ in shards) == whole.images
@@ -273,7 +275,8 @@ def test_palette_has_the_colours_of_voc():
         "car": (128, 128, 128), "cat": (64, 0, 0), "chair": (192, 0, 0), "cow": (64, 128, 0),
         "diningtable": (192, 128, 0), "dog": (64, 0, 128), "horse": (192, 0, 128),
         "motorbike": (64, 128, 128), "person": (192, 128, 128), "pottedplant": (0, 64, 0),
-        "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0), "tvmonitor": (0, 64, 128),
+        "sheep": (128, 64, 0), "sofa": (0, 192, 0), "train": (128, 192, 0),
+        "tvmonitor": (0, 64, 128),
     }  # fmt: skip
     palette = voc_data.voc_palette()
     assert palette.shape == (256, 3) and palette.dtype == np.uint8

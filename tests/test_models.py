@@ -131,7 +131,9 @@ def test_every_backbone_tensor_is_loaded_from_the_imagenet_file(name, fake_torch
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_imagenet_weights_are_the_default_and_random_ones_are_not(name, fake_torch_home, monkeypatch):
+def test_imagenet_weights_are_the_default_and_random_ones_are_not(
+    name, fake_torch_home, monkeypatch
+):
     monkeypatch.setenv("TORCH_HOME", str(fake_torch_home))
     first = next(STUDENTS[name][0]().parameters())
     assert torch.equal(first, next(STUDENTS[name][0](pretrained=True).parameters()))
@@ -139,7 +141,9 @@ def test_imagenet_weights_are_the_default_and_random_ones_are_not(name, fake_tor
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_unreachable_imagenet_weights_are_an_error_that_says_what_to_do(name, tmp_path, monkeypatch):
+def test_unreachable_imagenet_weights_are_an_error_that_says_what_to_do(
+    name, tmp_path, monkeypatch
+):
     def no_route(*args, **kwargs):
         raise URLError("no route to host")
 
@@ -179,7 +183,9 @@ def test_model_file_run_as_a_script_prints_shapes_parts_and_macs(name, capsys):
     assert "(1, 3, 256, 256)" in out and "(1, 21, 256, 256)" in out
     for level, cells in (("low", 64), ("mid", 32), ("high", 16)):
         assert re.search(rf"{level} +\(1, \d+, {cells}, {cells}\)", out)
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
+    rows = {
+        line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3
+    }
     for part, module in student.named_children():
         parameters = sum(p.numel() for p in module.parameters())
         assert rows[part][0] == f"{parameters:,}"

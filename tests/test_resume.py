@@ -1,4 +1,4 @@
-"""Runs that are cut off: killed, interrupted, ended by the system. The long form is kill_test.py."""
+"""Runs that are cut off: killed, interrupted, ended by the system. The long form: kill_test.py."""
 
 import os
 import signal

@@ -291,7 +291,12 @@ def cache(teacher, items, folder, keys=("out", *LEVELS), pixels=None, size=96, i
 def test_teacher_cache_is_what_the_teacher_says_of_the_whole_image(student_file, items, tmp_path):
     teacher = load_teacher(student_file)
     kept = cache(teacher, items, tmp_path)
-    assert {key: cell for key, (_, cell) in kept.items()} == {"out": 4, "low": 4, "mid": 8, "high": 16}
+    assert {key: cell for key, (_, cell) in kept.items()} == {
+        "out": 4,
+        "low": 4,
+        "mid": 8,
+        "high": 16,
+    }
     for index, item in enumerate(items):
         image = torch.from_numpy(voc_data.read_item(item)[0]).permute(2, 0, 1)
         factor = 96 / max(image.shape)
@@ -314,7 +319,9 @@ def test_teacher_cache_is_asked_once_and_again_for_another_teacher_or_size(
     first = cache(teacher, items, tmp_path, ["high"])["high"][0]
     calls = []
     forward = type(teacher).forward
-    monkeypatch.setattr(type(teacher), "forward", lambda s, *a, **k: calls.append(1) or forward(s, *a, **k))
+    monkeypatch.setattr(
+        type(teacher), "forward", lambda s, *a, **k: calls.append(1) or forward(s, *a, **k)
+    )
     again = cache(teacher, items, tmp_path, ["high"])["high"][0]
     assert calls == [] and again.path == first.path
     cache(teacher, items, tmp_path, ["high"], size=64)

@@ -41,8 +41,8 @@ def parsed(root, folder, mode, teacher, *more):
     flags = [
         "--kd_mode", mode, "--teacher", teacher, "--data_root", root, "--save_dir", folder,
         "--cache_dir", folder.parent / "cache", "--no_pretrained", "--crop_size", 65, "--epochs",
-        EPOCHS, "--batch_size", 8, "--lr", 5e-3, "--warmup", 2, "--teacher_size", 65, "--workers", 0,
-        "--device", "cpu", "--seed", 3, *more,
+        EPOCHS, "--batch_size", 8, "--lr", 5e-3, "--warmup", 2, "--teacher_size", 65,
+        "--workers", 0, "--device", "cpu", "--seed", 3, *more,
     ]  # fmt: skip
     return train.get_args_parser().parse_args([str(flag) for flag in flags])
 
@@ -218,9 +218,10 @@ def test_modes_lead_to_different_weights(runs):
 # ------------------------------------------------------------------------ inside a training step
 
 
-def begin(root, folder, mode, teacher, *more):
+def begin(root, folder, mode, teacher, *more, pretrained=False):
     """A `Training` and its train loader, as `main` makes them."""
     args = parsed(root, folder, mode, teacher, *more)
+    args.no_pretrained = not pretrained
     train.check_args(args)
     train.setup_processes(args)
     _, train_items, val_items = train.find_data(args)
@@ -267,14 +268,22 @@ def test_average_of_the_weights_is_what_ema_says(tiny_voc, tmp_path):
         torch.testing.assert_close(trainer.averaged.state_dict()[key], average)
 
 
-def test_rate_warms_up_and_falls_to_zero_with_the_backbone_below_the_head(tiny_voc, tmp_path):
+@pytest.mark.parametrize("pretrained, factor", [(True, 0.25), (False, 1)])
+def test_rate_warms_up_and_falls_to_zero_with_a_pretrained_backbone_below_the_head(
+    pretrained, factor, tiny_voc, tmp_path, fake_torch_home, monkeypatch
+):
+    """A backbone that starts at random has nothing to keep, and learns at the rate of the head."""
+    monkeypatch.setenv("TORCH_HOME", str(fake_torch_home))
     more = ["--warmup", 4, "--lr", 1e-3, "--backbone_lr_factor", 0.25]
-    trainer, _ = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)
+    trainer, _ = begin(
+        tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more, pretrained=pretrained
+    )
     rates = []
     for step in range(EPOCHS * trainer.steps_per_epoch):
         trainer.set_rate(step)
         groups = [group["lr"] for group in trainer.optimizer.param_groups]
-        assert groups[0] == groups[1] == pytest.approx(0.25 * groups[2]) and groups[2] == groups[3]
+        assert groups[0] == groups[1] == pytest.approx(factor * groups[2])
+        assert groups[2] == groups[3]
         rates.append(groups[2])
     assert rates.index(max(rates)) == 3 and max(rates) <= 1e-3
     assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True)
@@ -296,7 +305,9 @@ def test_optimizer_holds_every_parameter_once_and_decays_no_norm_or_bias(
 # --------------------------------------------------------------------- reproducible, resumable
 
 
-def test_second_run_with_one_seed_has_bit_equal_weights_and_history(runs, tiny_voc, teacher_file, tmp_path):
+def test_second_run_with_one_seed_has_bit_equal_weights_and_history(
+    runs, tiny_voc, teacher_file, tmp_path
+):
     """With workers, and without the cache of pixels: neither may change what is computed."""
     folder = tmp_path / "again"
     more = ["--workers", 2, "--pixel_cache", "none"]
@@ -307,7 +318,9 @@ def test_second_run_with_one_seed_has_bit_equal_weights_and_history(runs, tiny_v
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_run_that_fills_the_caches_equals_one_that_finds_them(mode, tiny_voc, teacher_file, tmp_path):
+def test_run_that_fills_the_caches_equals_one_that_finds_them(
+    mode, tiny_voc, teacher_file, tmp_path
+):
     for name in ("first", "second"):
         folder = tmp_path / name / "checkpoints"
         more = ["--cache_dir", tmp_path / "cache", "--epochs", 1]
@@ -334,7 +347,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
             step = train.Training.step
             patch.setattr(
                 train.Training, "step",
-                lambda self, batch, number: interrupt() if number == 7 else step(self, batch, number),
+                lambda self, batch, n: interrupt() if n == 7 else step(self, batch, n),
             )  # fmt: skip
         else:
             save = train.save_whole
@@ -385,7 +398,9 @@ def test_fresh_start_over_older_results_needs_overwrite(runs, tiny_voc, teacher_
     assert torch.load(folder / name, weights_only=True)["epoch"] == 1
 
 
-def test_teacher_that_lacks_the_features_is_refused_in_feature_mode(tiny_voc, tmp_path, monkeypatch):
+def test_teacher_that_lacks_the_features_is_refused_in_feature_mode(
+    tiny_voc, tmp_path, monkeypatch
+):
     class OnlyLogits(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -415,7 +430,9 @@ def test_extra_images_count_in_the_distillation_term(tiny_voc, teacher_file, sam
     assert re.search(r"without ground truth +16$", report, re.MULTILINE)
 
 
-def test_training_on_validation_images_ends_with_status_2_unless_allowed(tiny_voc, run_script, tmp_path):
+def test_training_on_validation_images_ends_with_status_2_unless_allowed(
+    tiny_voc, run_script, tmp_path
+):
     args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--train_split", "val")
     with pytest.raises(UsageError, match="8 images .*--allow_val_in_train"):
         train.main(args)
@@ -432,11 +449,15 @@ def test_training_on_validation_images_ends_with_status_2_unless_allowed(tiny_vo
     assert content["settings"]["allow_val_in_train"] is True
 
 
-def test_early_stopping_after_patience_without_a_better_miou(tiny_voc, tmp_path, capsys, monkeypatch):
+def test_early_stopping_after_patience_without_a_better_miou(
+    tiny_voc, tmp_path, capsys, monkeypatch
+):
     mious = iter([0.3, 0.2, 0.25, 0.9])
     validate = train.Training.validate
     monkeypatch.setattr(
-        train.Training, "validate", lambda self, loader: validate(self, loader) | {"val_miou": next(mious)}
+        train.Training,
+        "validate",
+        lambda self, loader: validate(self, loader) | {"val_miou": next(mious)},
     )
     train.main(parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--patience", 2))
     assert [record["val_miou"] for record in history(tmp_path / "s", "none")] == [0.3, 0.2, 0.25]
@@ -445,7 +466,9 @@ def test_early_stopping_after_patience_without_a_better_miou(tiny_voc, tmp_path,
     assert "stopped early" in capsys.readouterr().out
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny_voc, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
+    tiny_voc, tmp_path, monkeypatch
+):
     step = train.compute_losses
     calls = []
 
@@ -497,7 +520,9 @@ def test_every_line_of_the_command_lists_parses(name):
 
 def test_train_txt_trains_all_six_variants():
     parser = train.get_args_parser()
-    runs = [parser.parse_args(words[2:]) for words in commands("train.txt") if words[1] == "train.py"]
+    runs = [
+        parser.parse_args(words[2:]) for words in commands("train.txt") if words[1] == "train.py"
+    ]
     variants = {(args.model, args.kd_mode) for args in runs}
     assert variants == {(model, mode) for model in kd_losses.STUDENTS for mode in MODES}
 
@@ -675,8 +700,9 @@ def test_pretrained_fcn_end_to_end_leaves_its_row_for_the_table(
     ids = voc_data.read_split(root, "val")[:2]
     (root / "ImageSets" / "Segmentation" / "two.txt").write_text("\n".join(ids))
     monkeypatch.setenv("TORCH_HOME", str(fake_torch_home))
-    flags = ["--data_root", root, "--val_split", "two", "--output_dir", tmp_path / "out", "--device",
-             "cpu", "--speed_size", 33, "--speed_repeats", 1, "--workers", 0]  # fmt: skip
+    flags = ["--data_root", root, "--val_split", "two", "--output_dir", tmp_path / "out",
+             "--device", "cpu", "--speed_size", 33, "--speed_repeats", 1, "--workers",
+             0]  # fmt: skip
     fcn_script.main(fcn_script.get_args_parser().parse_args([str(flag) for flag in flags]))
     out = capsys.readouterr().out
     (row,) = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("teacher_*.json")]
@@ -689,7 +715,9 @@ def test_pretrained_fcn_end_to_end_leaves_its_row_for_the_table(
     matrix = voc_data.ConfusionMatrix()
     for image_id in ids:
         item = voc_data.Item(
-            image_id, root / f"JPEGImages/{image_id}.jpg", root / f"SegmentationClass/{image_id}.png"
+            image_id,
+            root / f"JPEGImages/{image_id}.jpg",
+            root / f"SegmentationClass/{image_id}.png",
         )
         image, labels = (torch.from_numpy(array) for array in voc_data.read_item(item))
         logits = teacher(voc_data.normalise(image.permute(2, 0, 1)[None]))["out"]
