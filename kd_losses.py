@@ -167,8 +167,8 @@ def load_student(path):
     name = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if name not in list(STUDENTS) or "model_state_dict" not in checkpoint:
         raise DataError(
-            f"{path} is not a best_model_*.pth (or epoch_*.pth) that train.py wrote: it does not "
-            "hold a student"
+            f"{path} is not a checkpoint of this project: name a best_model_*.pth (or epoch_*.pth) "
+            "that train.py wrote"
         )
     student = STUDENTS[name](checkpoint.get("num_classes", NUM_CLASSES), pretrained=False)
     try:

@@ -5,8 +5,8 @@
 A real process of train.py on part of the synthetic sample, on the CPU, is killed (SIGKILL) at
 random moments: while it starts, in an epoch, and while it writes a file, which is told from the
 unfinished file that is left behind. The same command starts it again each time. At the end the
-checkpoints must be equal bit by bit to those of an undisturbed run, the history must have each epoch
-once, and no unfinished file may be left. Takes about ten seconds a kill.
+checkpoints must be equal bit by bit to those of an undisturbed run, the history must have each
+epoch once, and no unfinished file may be left. Takes about ten seconds a kill.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Run:
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "2"},
+                cwd=self.folder, env={"OMP_NUM_THREADS": "2"} | os.environ,
             )  # fmt: skip
         return self
 
