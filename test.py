@@ -222,8 +222,10 @@ def write_tables(rows, output, what):
     layout = {"headers": headings, "disable_numparse": True}
     print(f"\n{tabulate(cells, tablefmt='simple', **layout)}")
     size = rows[0]["speed_size"]
+    sizes = sorted({f"{row['eval_size']} px" if row["eval_size"] else "own" for row in rows})
     note = (
-        f"mIoU on {what}, at native size; gain over `none` in mIoU points; MACs and latency "
+        f"mIoU on {what}, against masks at native size (longest side of the image on its way in: "
+        f"{', '.join(sizes)}); gain over `none` in mIoU points; MACs and latency "
         f"(BatchNorm folded, median ± half the interquartile range) for one {size} x {size} "
         f"image on {rows[0]['device']}; score = 4 mIoU / (1 + millions of parameters)."
     )
