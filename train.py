@@ -195,7 +195,7 @@ def main(args):
 
     try:
         run_epochs(args, trainer, train_data, val_data, files)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, RuntimeError):
         say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are "
                   "saved. The same command again goes on from there.")  # fmt: skip
         raise

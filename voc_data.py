@@ -85,8 +85,7 @@ class UsageError(Exception):
 def run_script(main, args):
     """Run `main(args)`; end in one line on stderr and a status, never in a traceback, on errors of
     use (2), of data or the file system (1), and on Ctrl-C or SIGTERM (130 and 143)."""
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, end_quietly)
     name = Path(sys.argv[0]).name
     try:
         main(args)
@@ -97,6 +96,17 @@ def run_script(main, args):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # a SIGTERM to the whole group may reach a loader worker first
+        if "killed by signal: Terminated" not in str(error):
+            raise
+        sys.exit(143)
+
+
+def end_quietly(*_):
+    """On SIGTERM: leave by way of SystemExit, so that a run can say where it stopped."""
+    if hasattr(signal, "SIGCHLD"):  # loader workers may end first; that is no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.exit(143)
 
 
 def fail(name, error, status):
@@ -600,7 +610,6 @@ def pixel_cache(items, cache_dir, workers=0):
             batch_size=None,
             generator=torch.Generator(),  # leave the global one alone
             num_workers=workers,
-            worker_init_fn=leave_sigterm_to_parent,
         )
         for image, mask in tqdm(
             decoded, "decoding once", len(items), unit="img", leave=False, disable=None
@@ -891,12 +900,6 @@ class ShardSampler(Sampler):
         return iter(self.indices)
 
 
-def leave_sigterm_to_parent(worker_id):
-    """In a loader worker: a SIGTERM to the whole group is the parent's to handle, which ends us."""
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin_memory=False):
     """Shuffled full batches; call `loader.sampler.set_epoch(epoch)` before each epoch.
 
@@ -915,7 +918,6 @@ def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin
         sampler=sampler,
         generator=torch.Generator(),  # or it would draw from the generator that dropout uses
         num_workers=workers,
-        worker_init_fn=leave_sigterm_to_parent,
         drop_last=True,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -932,7 +934,6 @@ def eval_loader(dataset, workers, rank=0, world_size=1):
         sampler=sampler,
         generator=torch.Generator(),
         num_workers=workers,
-        worker_init_fn=leave_sigterm_to_parent,
     )
 
 

@@ -9,11 +9,13 @@ import errno
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,11 @@ def run(tmp_path, monkeypatch, capsys):
 
     yield call
     signal.signal(signal.SIGTERM, before)
+    for worker in multiprocessing.active_children():  # an error that is kept keeps its loader
+        with contextlib.suppress(RuntimeError):  # torch notices the death of a worker
+            worker.kill()
+            worker.join()
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -288,6 +295,18 @@ def test_broken_file_met_in_a_worker(break_it, cache, voc, run_train, tmp_path, 
     needles = break_it(voc)
     assert_refused(run_train("--workers", 1, "--pixel_cache", cache), 1, *needles)
     assert_nothing_written(tmp_path)
+
+
+def test_broken_file_met_in_a_worker_ends_the_process(voc, run_script, tmp_path):
+    """The message alone is not enough: the process and its workers must end, with the status."""
+    needles = truncated_jpeg(voc)
+    done = run_script(
+        "train.py", "--data_root", voc, "--no_pretrained", "--batch_size", 2, "--crop_size", 33,
+        "--workers", 1, "--pixel_cache", "none", "--device", "cpu", "--epochs", 1,
+        "--save_dir", tmp_path / "save", timeout=45,
+    )  # fmt: skip
+    assert_refused((done.returncode, done.stdout, done.stderr), 1, *needles)
+    assert not (tmp_path / "save").exists()
 
 
 def test_python_voc_data_lists_every_broken_file_in_one_pass(voc, run_script, tmp_path):

@@ -4,8 +4,8 @@
 
 The same network, images, crop size, batch size and workers. The reference decodes every JPEG in
 every epoch, augments whole images one by one, takes the loss at full resolution and reads it at
-every step, as references/segmentation/train.py does. Epochs run in turn; the first of each (which fills
-the caches) is not counted.
+every step, as references/segmentation/train.py does. Epochs run in turn; the first of each (which
+fills the caches) is not counted.
 """
 
 import argparse
