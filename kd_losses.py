@@ -43,6 +43,7 @@ from voc_data import (
     UsageError, cached, fingerprint, has_room, normalise, read_item, resize_longest,
 )  # fmt: skip
 
+KD_MODES = ("none", "response", "feature")
 LEVELS = ("low", "mid", "high")  # strides 4, 8 and 16 of a student
 STUDENTS = {
     "ultracompact": UltraCompactSegmentationModel,
@@ -170,7 +171,17 @@ def load_student(path):
             f"{path} is not a checkpoint of this project: name a best_model_*.pth (or epoch_*.pth) "
             "that train.py wrote"
         )
-    student = STUDENTS[name](checkpoint.get("num_classes", NUM_CLASSES), pretrained=False)
+    expected = {
+        "num_classes": checkpoint.get("num_classes") == NUM_CLASSES,
+        "kd_mode": checkpoint.get("kd_mode") in KD_MODES,
+        "eval_size": isinstance(checkpoint.get("eval_size"), int),
+        "settings": isinstance(checkpoint.get("settings"), dict),
+    }
+    for key, right in expected.items():
+        if not right:
+            found = repr(checkpoint.get(key))[:40]
+            raise DataError(f"{path} is not as train.py writes it: its {key} is {found}")
+    student = STUDENTS[name](NUM_CLASSES, pretrained=False)
     try:
         student.load_state_dict(checkpoint["model_state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -254,6 +265,8 @@ class Teacher(nn.Module):
             outputs = {}
         else:
             outputs = network(images)
+        if not isinstance(outputs, dict):
+            raise DataError(f"the teacher {self.name} does not return a dict with 'out'")
         outputs = {key: outputs[key] for key in ("out", *LEVELS) if key in outputs}
         outputs |= {level: self._tapped.pop(level) for level in LEVELS if level in self._tapped}
         return outputs
@@ -360,6 +373,8 @@ def read_exported(path, device):
     """The module of a `.pt2` file of `torch.export`, frozen as it was exported."""
     if not Path(path).is_file():
         raise DataError(f"--teacher {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"--teacher {path} is not a file of torch.export.save; is it truncated?")
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch.export raises many kinds for a file that is not its own

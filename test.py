@@ -27,10 +27,8 @@ import torch
 from tabulate import tabulate
 
 import voc_data
-from kd_losses import STUDENTS, load_student
+from kd_losses import KD_MODES, STUDENTS, load_student
 from voc_data import CLASSES, DataError, UsageError, write_whole
-
-MODE_ORDER = ("none", "response", "feature")
 
 
 def get_args_parser():
@@ -104,9 +102,7 @@ def check_args(args):
         ("speed_repeats", args.speed_repeats >= 1, "at least 1"),
         ("workers", args.workers >= 0, "0 or more"),
     ]
-    for name, holds, wanted in rules:
-        if not holds:
-            raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
+    voc_data.check_flags(args, rules)
 
 
 # ---------------------------------------------------------------------------------- the students
@@ -149,7 +145,7 @@ def load_students(args, device):
             "train.py, or name it with --checkpoint"
         )
     models = list(STUDENTS)
-    students.sort(key=lambda s: (models.index(s.model), MODE_ORDER.index(s.kd_mode), str(s.path)))
+    students.sort(key=lambda s: (models.index(s.model), KD_MODES.index(s.kd_mode), str(s.path)))
     return students
 
 
@@ -195,7 +191,15 @@ def add_gains(rows):
 
 def teacher_rows(folder):
     """The rows that test_pretrained_fcn.py left in the folder of the tables."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("teacher_*.json"))]
+    return [read_json(path.read_text(), path) for path in sorted(folder.glob("teacher_*.json"))]
+
+
+def read_json(text, path):
+    """The value of a JSON text that this project wrote to `path`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not whole ({error}): delete it or make it again") from error
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -320,7 +324,7 @@ def draw_training_curves(students, path):
     for student in students:
         file = student.path.with_name(f"history_{student.run}.jsonl")
         if file.is_file():
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = [read_json(line, file) for line in file.read_text().splitlines()]
             histories.setdefault(student.run, lines)
     if not histories:
         return

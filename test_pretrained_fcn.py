@@ -56,6 +56,13 @@ class LogitsOnly(nn.Module):
 
 
 def main(args):
+    rules = [
+        ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
+        ("speed_size", args.speed_size >= 33, "at least 33"),
+        ("speed_repeats", args.speed_repeats >= 1, "at least 1"),
+        ("workers", args.workers >= 0, "0 or more"),
+    ]
+    voc_data.check_flags(args, rules)
     device = voc_data.choose_device(args.device)
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
     root = voc_data.find_voc(args.data_root, download=True)

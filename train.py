@@ -64,7 +64,7 @@ def get_args_parser():
 
     group = parser.add_argument_group("distillation")
     group.add_argument(
-        "--kd_mode", choices=("none", "response", "feature"), default="none", help="what is learnt "
+        "--kd_mode", choices=kd_losses.KD_MODES, default="none", help="what is learnt "
         "from the teacher: nothing, its output distributions, or its features",
     )  # fmt: skip
     group.add_argument(
@@ -186,7 +186,7 @@ def main(args):
     # Just before the student is made: one seed gives all modes the same start.
     seed_everything(args.seed, epoch=0, rank=args.rank)
     trainer = Training(args, teacher, len(train_data))
-    if resumed:
+    if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
     describe_run(args, root, train_items, val_items, trainer)
     if trainer.epoch >= args.epochs:
@@ -238,7 +238,12 @@ def check_args(args):
         ("alpha", args.alpha >= 0, "0 or more"),
         ("beta", args.beta is None or args.beta >= 0, "0 or more"),
         ("crop_size", args.crop_size >= 33, "at least 33"),
-        ("scale", 0 < args.scale[0] <= args.scale[1], "two positive numbers, the smaller first"),
+        (
+            "scale",
+            0 < args.scale[0] <= args.scale[1] < math.inf,
+            "two positive numbers, the smaller first",
+        ),
+        ("seed", 0 <= args.seed < 2**31, "in 0..2147483647"),
         ("colour_jitter", 0 <= args.colour_jitter <= 1, "in 0..1"),
         ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
         ("teacher_size", args.teacher_size >= 33, "at least 33"),
@@ -252,9 +257,7 @@ def check_args(args):
         ("patience", args.patience >= 0, "0 or more"),
         ("checkpoint_interval", args.checkpoint_interval >= 1, "at least 1"),
     ]
-    for name, holds, wanted in rules:
-        if not holds:
-            raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
+    voc_data.check_flags(args, rules)
     if args.beta is None:
         args.beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[args.kd_mode]
     if args.extra_images and args.kd_mode == "none":
@@ -267,15 +270,19 @@ def find_resume(args, files):
     path = {"auto": files.last, "none": None}.get(args.resume, Path(args.resume))
     if args.resume == "auto" and not path.is_file():
         path = None
-    if path != files.last and files.best.exists() and not args.overwrite:
+    there = [file for file in (files.best, files.last) if file.exists()]
+    if path != files.last and there and not args.overwrite:
         raise UsageError(
-            f"{files.best} exists and is not what would be continued: name another --save_dir, or "
+            f"{there[0]} exists and is not what would be continued: name another --save_dir, or "
             "allow the replacement with --overwrite"
         )
     if path is None:
         return None
     state = kd_losses.read_checkpoint(path)
-    if not isinstance(state, dict) or "optimizer" not in state:
+    parts = {"optimizer": dict, "settings": dict, "epoch": int}
+    if not isinstance(state, dict) or any(
+        not isinstance(state.get(name), kind) for name, kind in parts.items()
+    ):
         raise DataError(f"{path} is not a last_*.pth of train.py: it cannot be continued from")
     return state
 
@@ -319,7 +326,23 @@ def setup_processes(args):
         torch.backends.cudnn.benchmark = True
     if args.world_size > 1 and not dist.is_initialized():
         backend = "nccl" if args.torch_device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # caches are built inside
+        wait = timedelta(hours=2)  # the others wait while the first fills the caches
+        # After a restart by torchrun, the addresses of the processes that died must not be found.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=args.rank == 0
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True",
+            timeout=wait,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt{attempt}", store),
+            rank=args.rank,
+            world_size=args.world_size,
+            timeout=wait,
+        )
 
 
 def say(args, text):
@@ -717,8 +740,14 @@ class RunFiles:
 
 
 def save_epoch(args, trainer, files, record):
-    """Write what an epoch leaves. `last` comes after `best`: a run killed between the two repeats
-    the epoch, and writes the same."""
+    """Write what an epoch leaves.
+
+    `last` comes after `best`: a run killed between the two repeats the epoch, and writes the same.
+    In the first epoch there is no `last` yet, so one that says "nothing done yet" goes before.
+    """
+    if trainer.epoch == 1:
+        nothing_done = {"epoch": 0, "optimizer": {}, "settings": settings_of(args)}
+        save_whole(nothing_done, files.last)
     if trainer.best["epoch"] == trainer.epoch:
         save_whole(trainer.shipped(), files.best)
     if trainer.epoch % args.checkpoint_interval == 0:

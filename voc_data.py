@@ -85,7 +85,7 @@ class UsageError(Exception):
 def run_script(main, args):
     """Run `main(args)`; end in one line on stderr and a status, never in a traceback, on errors of
     use (2), of data or the file system (1), and on Ctrl-C or SIGTERM (130 and 143)."""
-    signal.signal(signal.SIGTERM, end_quietly)
+    before = signal.signal(signal.SIGTERM, end_quietly)
     name = Path(sys.argv[0]).name
     try:
         main(args)
@@ -100,12 +100,28 @@ def run_script(main, args):
         if "killed by signal: Terminated" not in str(error):
             raise
         sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_flags(args, rules):
+    """Refuse the first flag whose rule, `(name, holds, what it must be)`, does not hold.
+
+    Raises:
+        UsageError: with the flag, what it must be and what it is. Infinity and NaN never do.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} must be a finite number, not {value}")
+    for name, holds, wanted in rules:
+        if not holds:
+            raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
 
 
 def end_quietly(*_):
     """On SIGTERM: leave by way of SystemExit, so that a run can say where it stopped."""
     if hasattr(signal, "SIGCHLD"):  # loader workers may end first; that is no news
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     sys.exit(143)
 
 
@@ -253,7 +269,11 @@ def read_split(root, split):
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
         raise DataError(f"{path} does not exist; the splits of this data set: {known}")
-    ids = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file ({error})") from error
+    ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not ids:
         raise DataError(f"{path} is empty: it should hold one image id a line")
     return ids
@@ -1109,6 +1129,8 @@ def choose_device(name=None, local_rank=0):
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("cuda, mps and cpu are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -1134,9 +1156,11 @@ def write_whole(data, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+        if not isinstance(error, OSError):  # Ctrl-C, for one
+            raise
         raise OSError(
             f"could not write {path} ({error.strerror or error}); what was there before is whole"
         ) from error
@@ -1239,8 +1263,12 @@ def check_data(root, splits):
     """Read every file of the splits, print counts by class, and return the problems found."""
     problems, columns = [], []
     for split in splits:
-        items, missing = find_items(root, split)
-        problems += [f"{path} is missing, but listed in {split}.txt" for path in missing]
+        try:
+            items, missing = find_items(root, split)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{path} is listed, but missing" for path in missing]
         images_with = np.zeros(NUM_CLASSES, dtype=np.int64)
         for item in tqdm(items, f"checking {split}", unit="img", leave=False, disable=None):
             try:
