@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 import voc_data
 from kd_losses import KD_MODES, STUDENTS, load_student
-from voc_data import CLASSES, DataError, UsageError, write_whole
+from voc_data import CLASSES, NUM_CLASSES, DataError, UsageError, write_whole
 
 
 def get_args_parser():
@@ -114,6 +114,15 @@ class Tested:
     def __init__(self, path, device):
         self.path = Path(path)
         network, checkpoint = load_student(path)
+        expected = {
+            "num_classes": checkpoint.get("num_classes", NUM_CLASSES) == NUM_CLASSES,
+            "kd_mode": checkpoint.get("kd_mode") in KD_MODES,
+            "eval_size": isinstance(checkpoint.get("eval_size", 0), int),
+            "settings": isinstance(checkpoint.get("settings", {}), dict),
+        }
+        for key, right in expected.items():
+            if not right:
+                raise DataError(f"{path} cannot be tested: its {key} is {checkpoint.get(key)!r}")
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         network = voc_data.fold_batch_norm(network)  # the same outputs, faster
         self.network = network.to(device, memory_format=torch.channels_last)
