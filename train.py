@@ -306,10 +306,14 @@ def check_same_settings(args, resumed):
 
 
 def settings_of(args):
-    """The flags as plain values, for checkpoints and reports."""
+    """The flags as plain values, for checkpoints and reports; paths by their last part alone."""
     hidden = {"rank", "world_size", "torch_device", "data_summary"}
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
-    settings["teacher"] = Path(args.teacher).name if args.kd_mode != "none" else None
+    paths = ("data_root", "extra_images", "teacher", "teacher_weights", "save_dir", "cache_dir")
+    for name in paths:
+        settings[name] = Path(settings[name]).name if settings[name] else None
+    if args.kd_mode == "none":
+        settings["teacher"] = None
     return settings
 
 
@@ -793,7 +797,7 @@ def describe_run(args, root, train_items, val_items, trainer):
     say(args, f"{args.model} ({trainer.parameters:,} parameters), kd_mode {args.kd_mode}{teacher}, "
               f"on {hardware(args)}{continued}")  # fmt: skip
     args.data_summary = {
-        "root": str(root), "train": len(train_items) - unlabelled, "unlabelled": unlabelled,
+        "root": root.name, "train": len(train_items) - unlabelled, "unlabelled": unlabelled,
         "val": len(val_items),
     }  # fmt: skip
 

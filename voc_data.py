@@ -1186,7 +1186,7 @@ def write_figure(figure, path):
     kind = Path(path).suffix[1:]
     buffer = io.BytesIO()
     quality = {"pil_kwargs": {"quality": 80}} if kind in ("jpg", "jpeg") else {}
-    figure.savefig(buffer, format=kind, dpi=100, **quality)
+    figure.savefig(buffer, format=kind, dpi=80 if quality else 100, **quality)  # small sheets
     plt.close(figure)
     write_whole(buffer.getbuffer(), path)
 
