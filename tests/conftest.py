@@ -13,8 +13,8 @@ from torchvision import models
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Two threads that share their cores with other work wait for each other: OMP_NUM_THREADS=1 helps.
-THREADS = os.environ.get("OMP_NUM_THREADS", "2")
+# The networks here are tiny: a second thread costs more than it gives, above all on a busy machine.
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(THREADS))
 
 import voc_data  # noqa: E402  (found through the path set above)

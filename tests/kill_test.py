@@ -62,7 +62,7 @@ class Run:
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=self.folder, env={"OMP_NUM_THREADS": "2"} | os.environ,
+                cwd=self.folder, env={"OMP_NUM_THREADS": "1"} | os.environ,
             )  # fmt: skip
         return self
 
