@@ -41,7 +41,9 @@ import kd_losses
 import voc_data
 from voc_data import DataError, UsageError, write_figure, write_whole
 
-# Settings that may change when a run is continued: they do not change what it computes.
+# Settings that may change when a run is continued. They do not change what it computes, but for
+# `epochs`: another number bends the schedule from there on, and the weights are no longer those of
+# one undisturbed run.
 FREE_ON_RESUME = {
     "resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir", "pixel_cache",
     "epochs", "patience", "checkpoint_interval", "teacher_weights",
