@@ -102,8 +102,8 @@ class SkipConcat(nn.Module):
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
-        self.skip = Conv2dNormActivation(skip_channels, 2 * skip_channels, 1)
-        self.fuse = separable_conv(in_channels + 2 * skip_channels, out_channels)
+        self.skip = Conv2dNormActivation(skip_channels, skip_channels, 1)
+        self.fuse = separable_conv(in_channels + skip_channels, out_channels)
 
     def forward(self, x, skip):
         x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear")
@@ -126,8 +126,8 @@ class StandardSegmentationModel(nn.Module):
         super().__init__()
         self.backbone = Backbone(pretrained)
         self.aspp = ASPP(HIGH_CHANNELS, ASPP_CHANNELS, ASPP_RATES)
-        self.fuse_mid = SkipConcat(ASPP_CHANNELS, MID_CHANNELS, ASPP_CHANNELS)
-        self.fuse_low = SkipConcat(ASPP_CHANNELS, LOW_CHANNELS, DECODER_CHANNELS)
+        self.fuse_mid = SkipConcat(ASPP_CHANNELS, MID_CHANNELS, DECODER_CHANNELS)
+        self.fuse_low = SkipConcat(DECODER_CHANNELS, LOW_CHANNELS, DECODER_CHANNELS)
         self.classifier = nn.Sequential(
             nn.Dropout(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
         )
@@ -148,7 +148,7 @@ class StandardSegmentationModel(nn.Module):
         """
         low, mid, top = self.backbone(image)  # (N, 16, H/4, W/4), (N, 24, H/8, W/8), H/16
         high = self.aspp(top)  # (N, 128, H/16, W/16)
-        x = self.fuse_mid(high, mid)  # (N, 128, H/8, W/8)
+        x = self.fuse_mid(high, mid)  # (N, 64, H/8, W/8)
         x = self.fuse_low(x, low)  # (N, 64, H/4, W/4)
         size = output_size or image.shape[-2:]
         logits = F.interpolate(self.classifier(x), size=size, mode="bilinear")

@@ -7,8 +7,8 @@
 
 Model and mode are read from each checkpoint. Tables go to --output_dir as results.md, .tex, .csv
 and .json; with them per_class.md, per_class_iou.png, and training_curves.png where the histories of
-training lie beside the checkpoints. Several checkpoints of one model and mode (other seeds) are
-summed up as mean and standard deviation in seeds.md.
+training lie beside the checkpoints. Several checkpoints of one model and mode are summed up in
+runs.md: mean and standard deviation over seeds, a row for each group of other settings.
 
 score = 4 * mIoU / (1 + parameters in millions)
 """
@@ -20,7 +20,7 @@ import json
 import math
 import os
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -129,8 +129,10 @@ class Tested:
         self.model, self.kd_mode = checkpoint["model"], checkpoint["kd_mode"]
         self.run = f"{self.model}_{self.kd_mode}"
         self.eval_size = checkpoint.get("eval_size", 0)
-        self.seed = checkpoint.get("settings", {}).get("seed")
-        self.saw_val = checkpoint.get("settings", {}).get("allow_val_in_train", False)
+        self.settings = checkpoint.get("settings", {})
+        self.seed = self.settings.get("seed")
+        self.saw_val = self.settings.get("allow_val_in_train", False)
+        self.label = self.run  # load_students tells the seeds of one run apart
 
 
 def load_students(args, device):
@@ -155,6 +157,13 @@ def load_students(args, device):
         )
     models = list(STUDENTS)
     students.sort(key=lambda s: (models.index(s.model), KD_MODES.index(s.kd_mode), str(s.path)))
+    times_seen = Counter()
+    for student in students:
+        times_seen[student.run] += 1
+        if times_seen[student.run] > 1:
+            student.label += f"_{times_seen[student.run]}"
+        if args.eval_size is not None:
+            student.eval_size = args.eval_size
     return students
 
 
@@ -163,8 +172,7 @@ def load_students(args, device):
 
 def measure(args, student, items, device):
     """Everything about one student, as plain values; prints its per-class table."""
-    eval_size = student.eval_size if args.eval_size is None else args.eval_size
-    data = voc_data.VOCDataset(items, voc_data.EvalTransform(eval_size))
+    data = voc_data.VOCDataset(items, voc_data.EvalTransform(student.eval_size))
     ious = {}
 
     def remember(index, labels, prediction):
@@ -178,16 +186,13 @@ def measure(args, student, items, device):
     matrix = result.matrix
     cost = voc_data.measure_cost(student.network, device, args.speed_size, args.speed_repeats)
     cost["parameters"] = student.parameters  # as trained, not as folded
+    row = voc_data.result_row(result, cost, args.val_split, student.eval_size, device)
     print(f"\n{student.path} ({result.images} images of '{args.val_split}')\n{matrix}")
     if student.saw_val:
         print("note: this network was trained with --allow_val_in_train; its figures are no test")
     return {
         "model": student.model, "kd_mode": student.kd_mode, "checkpoint": str(student.path),
-        "seed": student.seed, "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy,
-        "loss": result.loss, "iou": dict(zip(CLASSES, matrix.iou.tolist())),
-        "score": 4 * matrix.miou / (1 + cost["parameters"] / 1e6), **cost,
-        "images": result.images, "split": args.val_split, "eval_size": eval_size,
-        "device": voc_data.device_name(device), "image_iou": ious,
+        "seed": student.seed, "settings": student.settings, **row, "image_iou": ious,
     }  # fmt: skip
 
 
@@ -213,6 +218,10 @@ def read_json(text, path):
 
 # --------------------------------------------------------------------------------------- tables
 
+# Settings of a run that say where and how it ran, not what it computed; and the seed.
+NO_CHOICES = {
+    "seed", "save_dir", "cache_dir", "data_root", "workers", "device", "resume", "overwrite",
+}  # fmt: skip
 COLUMNS = (
     # heading, how to show it
     ("model", lambda r: r["model"]),
@@ -252,7 +261,7 @@ def write_tables(rows, output, what):
     per_class.append(["mean", *(percent(row["miou"]) for row in rows)])
     table = tabulate(per_class, headers=["IoU %", *names], tablefmt="github", disable_numparse=True)
     write_text(table + "\n", output / "per_class.md")
-    write_seed_table(rows, output / "seeds.md")
+    write_runs_table(rows, output / "runs.md")
     print(f"tables in {output}/: results.md .tex .csv .json, per_class.md")
 
 
@@ -277,44 +286,49 @@ def write_text(text, path):
     write_whole(text.encode(), path)
 
 
-def write_seed_table(rows, path):
-    """Mean and standard deviation over the checkpoints of one model and mode, if several."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["model"], row["kd_mode"]].append(100 * row["miou"])
-    if max(map(len, groups.values())) < 2:
+def write_runs_table(rows, path):
+    """Mean and standard deviation over the seeds of each model, mode and choice of settings.
+
+    Written where some model and mode comes more than once. Settings are named where they differ
+    between the rows of one model and mode; "gain" is over `none` with the same settings.
+    """
+    variants = [(row["model"], row["kd_mode"]) for row in rows]
+    if len(set(variants)) == len(rows):
         return
+    groups = defaultdict(list)
+    for row, variant in zip(rows, variants):
+        others = [other for other, its in zip(rows, variants) if its == variant]
+        groups[*variant, differing_settings(row, others)].append(100 * row["miou"])
     cells = []
-    for (model, mode), values in groups.items():
-        alone = groups.get((model, "none"))
+    for (model, mode, settings), values in groups.items():
+        alone = groups.get((model, "none", settings))
         gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if alone else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         each = " ".join(f"{value:.2f}" for value in values)
-        cells.append(
-            [model, mode, len(values), f"{statistics.mean(values):.2f}", spread, gain, each]
-        )
-    headings = ["model", "KD", "n", "mean mIoU %", "std", "gain", "each"]
+        mean = f"{statistics.mean(values):.2f}"
+        cells.append([model, mode, settings, len(values), mean, spread, gain, each])
+    headings = ["model", "KD", "settings", "n", "mean mIoU %", "std", "gain", "each"]
     table = tabulate(cells, headings, tablefmt="github", disable_numparse=True)
     print(f"\n{table}")
     write_text(table + "\n", path)
 
 
+def differing_settings(row, others):
+    """The settings of a row that are not the same in all the others, as text; seeds aside."""
+    settings = row.get("settings", {})
+    names = {
+        name for other in others for name, value in other.get("settings", {}).items()
+        if name not in NO_CHOICES and value != settings.get(name)
+    }  # fmt: skip
+    return ", ".join(f"{name} {settings.get(name)}" for name in sorted(names))
+
+
 # -------------------------------------------------------------------------------------- pictures
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def draw_per_class(rows, path):
     """A bar chart of the IoU of each class, one colour a network."""
-    figure, axis = pyplot().subplots(figsize=(10, 3.4), layout="constrained")
+    figure, axis = voc_data.pyplot().subplots(figsize=(10, 3.4), layout="constrained")
     width = 0.8 / len(rows)
     for number, row in enumerate(rows):
         places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(CLASSES))]
@@ -337,7 +351,9 @@ def draw_training_curves(students, path):
             histories.setdefault(student.run, lines)
     if not histories:
         return
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, (left, right) = voc_data.pyplot().subplots(
+        1, 2, figsize=(10, 3.4), layout="constrained"
+    )
     for run, lines in histories.items():
         validated = [line for line in lines if "val_miou" in line]
         left.plot([line["epoch"] for line in lines], [line["ce"] for line in lines], label=run)
@@ -356,35 +372,31 @@ def draw_training_curves(students, path):
 def visualize(args, students, rows, items, device, output):
     """For each student a sheet of its best and worst images; one sheet that compares them all."""
     by_id = {item.id: item for item in items}
-    half = args.num_vis // 2
-    for student, row in zip(students, rows):
-        ranked = sorted(row["image_iou"], key=row["image_iou"].get, reverse=True)
-        pairs = zip(ranked[:half], ranked[::-1][:half])
+    ious = [row["image_iou"] for row in rows[: len(students)]]
+    for student, iou in zip(students, ious):
+        ranked = sorted(iou, key=iou.get, reverse=True)
+        best, worst = ranked[: args.num_vis // 2], ranked[::-1][: args.num_vis // 2]
         sheet = []
-        for good, bad in pairs:
-            panels = []
-            for image_id in (good, bad):
-                iou = row["image_iou"][image_id]
-                panels += panels_of(
-                    by_id[image_id], {f"prediction, IoU {iou:.2f}": student}, row, device
-                )
-            sheet.append(panels)
-        path = output / f"overlays_{student.run}.jpg"
-        voc_data.overlay_sheet(sheet, path, f"{student.run}: best images (left), worst (right)")
+        for pair in zip(best, worst):
+            panels = [
+                panels_of(by_id[image_id], {f"prediction, IoU {iou[image_id]:.2f}": student}, device)
+                for image_id in pair
+            ]
+            sheet.append(sum(panels, []))
+        path = output / f"overlays_{student.label}.jpg"
+        voc_data.overlay_sheet(sheet, path, f"{student.label}: best images (left), worst (right)")
         print(f"overlays in {path}")
-    first = rows[0]["image_iou"]
-    ranked = sorted(first, key=lambda i: sum(r["image_iou"][i] for r in rows[: len(students)]))
+    ranked = sorted(ious[0], key=lambda image_id: sum(iou[image_id] for iou in ious))
     step = max(1, len(ranked) // args.num_vis)
     chosen = ranked[step // 2 :: step][: args.num_vis]  # from the worst to the best, evenly
-    by_name = {f"{student.model}\n{student.kd_mode}": student for student in students}
-    sheet = [panels_of(by_id[image_id], by_name, first_row, device)
-             for image_id in chosen for first_row in rows[:1]]  # fmt: skip
+    by_name = {student.label.replace("_", "\n", 1): student for student in students}
+    sheet = [panels_of(by_id[image_id], by_name, device) for image_id in chosen]
     path = output / "overlays_compared.jpg"
     voc_data.overlay_sheet(sheet, path)
     print(f"overlays in {path}")
 
 
-def panels_of(item, students, row, device):
+def panels_of(item, students, device):
     """Panels of one image for `overlay_sheet`: image, ground truth, each student's prediction."""
     image, labels = voc_data.read_item(item)
     panels = [
@@ -392,7 +404,7 @@ def panels_of(item, students, row, device):
         ("ground truth", voc_data.overlay(image, labels), voc_data.objects_in(labels)),
     ]
     for title, student in students.items():
-        prediction = predict(student, image, row["eval_size"], device)
+        prediction = predict(student, image, student.eval_size, device)
         shown = voc_data.objects_in(prediction)
         panels.append((title, voc_data.overlay(image, prediction), shown))
     return panels

@@ -72,14 +72,8 @@ def main(args):
     result = voc_data.evaluate(network, voc_data.eval_loader(data, args.workers), device)
     cost = voc_data.measure_cost(network, device, args.speed_size, args.speed_repeats)
     cost["parameters"] = teacher.parameter_count
-    row = {
-        "model": teacher.name, "kd_mode": "teacher", "miou": result.matrix.miou,
-        "pixel_accuracy": result.matrix.pixel_accuracy, "loss": result.loss,
-        "iou": dict(zip(voc_data.CLASSES, result.matrix.iou.tolist())),
-        "score": 4 * result.matrix.miou / (1 + cost["parameters"] / 1e6), **cost,
-        "images": result.images, "split": args.val_split, "eval_size": args.eval_size,
-        "device": voc_data.device_name(device),
-    }  # fmt: skip
+    row = {"model": teacher.name, "kd_mode": "teacher"}
+    row |= voc_data.result_row(result, cost, args.val_split, args.eval_size, device)
     print(f"{teacher.name} on {result.images} images of '{args.val_split}'\n{result.matrix}")
     print(
         f"\nmIoU {row['miou']:.4f} | {row['parameters']:,} parameters | "

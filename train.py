@@ -110,6 +110,14 @@ def get_args_parser():
     )
     group.add_argument("--crop_size", type=int, default=256, help="side of a training crop, pixels")
     group.add_argument(
+        "--early_epochs", type=int, default=0, help="so many epochs first on smaller pictures: "
+        "cheaper steps while there is most to learn",
+    )  # fmt: skip
+    group.add_argument(
+        "--early_crop", type=int, default=160, help="side of a crop in those; --scale shrinks by "
+        "as much",
+    )  # fmt: skip
+    group.add_argument(
         "--scale", type=float, nargs=2, default=(0.5, 2.0), metavar=("MIN", "MAX"),
         help="random scale of a training image",
     )  # fmt: skip
@@ -187,7 +195,7 @@ def main(args):
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
     # Just before the student is made: one seed gives all modes the same start.
     seed_everything(args.seed, epoch=0, rank=args.rank)
-    trainer = Training(args, teacher, len(train_data))
+    trainer = Training(args, teacher, steps_per_epoch=len(train_data[args.crop_size]))
     if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
     describe_run(args, root, train_items, val_items, trainer)
@@ -209,13 +217,13 @@ def main(args):
 def run_epochs(args, trainer, train_data, val_data, files):
     """Train to the end, or until patience runs out; save after every epoch."""
     while trainer.epoch < args.epochs and not trainer.out_of_patience():
-        record = trainer.train_one_epoch(train_data)
+        record = trainer.train_one_epoch(train_data[crop_of_epoch(args, trainer.epoch)])
         last = trainer.epoch + 1 == args.epochs
         if (trainer.epoch + 1) % args.val_every == 0 or last:
             record |= trainer.validate(val_data)
         trainer.finish_epoch(record)
         if args.rank == 0:
-            save_epoch(args, trainer, files, record)
+            save_epoch(args, trainer, files)
             print(epoch_line(args, trainer.history), flush=True)
     if trainer.out_of_patience():
         say(args, f"no better mIoU in {args.patience} validations: stopped early")
@@ -240,6 +248,8 @@ def check_args(args):
         ("alpha", args.alpha >= 0, "0 or more"),
         ("beta", args.beta is None or args.beta >= 0, "0 or more"),
         ("crop_size", args.crop_size >= 33, "at least 33"),
+        ("early_epochs", args.early_epochs >= 0, "0 or more"),
+        ("early_crop", args.early_crop >= 33, "at least 33"),
         (
             "scale",
             0 < args.scale[0] <= args.scale[1] < math.inf,
@@ -424,8 +434,18 @@ def build_teacher(args):
     return teacher
 
 
+def crop_of_epoch(args, epoch):
+    """The side of a training crop in an epoch, counted from 0.
+
+    A crop of 160 px has 0.4 times the pixels of one of 256 px, and most of what a picture shows can
+    be learnt from a small one; the last epochs then see the size that is wanted in the end.
+    Progressive learning: Tan & Le 2021, EfficientNetV2, https://arxiv.org/abs/2104.00298
+    """
+    return args.early_crop if epoch < args.early_epochs else args.crop_size
+
+
 def build_loaders(args, train_items, val_items, teacher):
-    """Loaders of training and validation, over the caches if they are wanted and fit."""
+    """`({crop size: training loader}, validation loader)`, over the caches if they fit."""
     pixels = maps = None
     if args.pixel_cache == "auto":
         pixels = local_first(
@@ -442,21 +462,18 @@ def build_loaders(args, train_items, val_items, teacher):
                 args.torch_device, identity,
             ),
         )  # fmt: skip
-    train_set = voc_data.VOCDataset(
-        train_items,
-        voc_data.train_transform(args.crop_size, args.scale, args.colour_jitter),
-        pixels,
-        maps,
-    )
-    val_set = voc_data.VOCDataset(val_items, voc_data.EvalTransform(args.eval_size))
     shard = {"workers": args.workers, "rank": args.rank, "world_size": args.world_size}
     on_cuda = args.torch_device.type == "cuda"
-    return (
-        voc_data.train_loader(
-            train_set, args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard
-        ),
-        voc_data.eval_loader(val_set, **shard),
-    )
+    train_loaders = {}
+    for crop in {crop_of_epoch(args, 0), args.crop_size}:
+        scale = [factor * crop / args.crop_size for factor in args.scale]
+        transform = voc_data.train_transform(crop, scale, args.colour_jitter)
+        train_loaders[crop] = voc_data.train_loader(
+            voc_data.VOCDataset(train_items, transform, pixels, maps),
+            args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard,
+        )  # fmt: skip
+    val_set = voc_data.VOCDataset(val_items, voc_data.EvalTransform(args.eval_size))
+    return train_loaders, voc_data.eval_loader(val_set, **shard)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -523,13 +540,16 @@ class Training:
             self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
         on_mps = self.device.type == "mps"  # channels_last pays on CUDA and on the CPU
         self.memory_format = torch.contiguous_format if on_mps else torch.channels_last
-        self.loss_size = 2 * (-(-args.crop_size // args.loss_stride),)
         module = StudentAndAdapters(self.student, self.adapters)
         self.module = module.to(self.device, memory_format=self.memory_format)
         if args.world_size > 1:
             device_ids = [self.device.index] if on_cuda else None
             self.module = DistributedDataParallel(self.module, device_ids=device_ids)
         self.averaged = copy.deepcopy(self.student).eval().requires_grad_(False)
+        # (averaged, current) tensors: the same objects for the whole run, so paired once.
+        self.pairs = list(
+            zip(self.averaged.state_dict().values(), self.student.state_dict().values())
+        )
         self.optimizer = build_optimizer(args, self.student, self.adapters)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.amp_dtype = choose_amp(args.amp, self.device)
@@ -582,7 +602,7 @@ class Training:
         self.set_rate(global_step)
         with self.autocast():
             taught = self.ask_teacher(images, batch)
-            logits, features = self.module(images, self.loss_size)
+            logits, features = self.module(images, self.loss_size(images))
         losses = compute_losses(self.args, logits, features, labels, taught)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses["loss"]).backward()
@@ -590,6 +610,10 @@ class Training:
         self.scaler.update()
         self.update_average(global_step)
         return losses
+
+    def loss_size(self, images):
+        """(height, width) of the logits that the losses see."""
+        return tuple(-(-side // self.args.loss_stride) for side in images.shape[-2:])  # rounded up
 
     def ask_teacher(self, images, batch):
         """The teacher's maps for a batch: from the cache if the batch brought them, else live."""
@@ -615,10 +639,9 @@ class Training:
     def update_average(self, step):
         """Move the averaged weights and BatchNorm statistics towards the current ones."""
         decay = min(self.args.ema, (1 + step) / (10 + step))  # follows closely at first
-        pairs = list(zip(self.averaged.state_dict().values(), self.student.state_dict().values()))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        floats = [pair for pair in self.pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
-        for averaged, current in pairs:
+        for averaged, current in self.pairs:
             if not averaged.is_floating_point():  # BatchNorm's count of batches
                 averaged.copy_(current)
 
@@ -666,7 +689,7 @@ class Training:
 
     def score(self, miou):
         """4 * mIoU / (1 + parameters in millions)."""
-        return 4 * miou / (1 + self.parameters / 1e6)
+        return voc_data.score(miou, self.parameters)
 
     def shipped(self):
         """The content of a best_model file: the averaged weights and plain values."""
@@ -719,9 +742,8 @@ def choose_amp(name, device):
     if name == "auto":
         if device.type != "cuda":
             return None
-        return (
-            torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-        )  # not emulated
+        natively = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if natively else torch.float16
     if name == "float16" and device.type != "cuda":
         raise UsageError("--amp float16 needs a CUDA device; bfloat16 and off run anywhere")
     return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
@@ -745,7 +767,7 @@ class RunFiles:
         return self.folder / f"epoch_{epoch}_{self.run}.pth"
 
 
-def save_epoch(args, trainer, files, record):
+def save_epoch(args, trainer, files):
     """Write what an epoch leaves.
 
     `last` comes after `best`: a run killed between the two repeats the epoch, and writes the same.
@@ -855,15 +877,10 @@ def training_report(args, trainer):
 
 def training_curves(history, title):
     """A figure: losses by epoch on the left, val mIoU on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     epochs = [record["epoch"] for record in history]
     validated = [record for record in history if "val_miou" in record]
     val_epochs = [record["epoch"] for record in validated]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = voc_data.pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(epochs, [record["loss"] for record in history], label="train loss")
     if any(record["kd"] for record in history):
         left.plot(epochs, [record["ce"] for record in history], "--", label="train cross-entropy")

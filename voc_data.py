@@ -1101,6 +1101,22 @@ def fold_batch_norm(model):
     return model
 
 
+def score(miou, parameters):
+    """4 * mIoU / (1 + parameters in millions); mIoU in 0..1."""
+    return 4 * miou / (1 + parameters / 1e6)
+
+
+def result_row(result, cost, split, eval_size, device):
+    """What the tables show of an `Evaluation` and the cost of its network, as plain values."""
+    matrix = result.matrix
+    return {
+        "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy, "loss": result.loss,
+        "iou": dict(zip(CLASSES, matrix.iou.tolist())),
+        "score": score(matrix.miou, cost["parameters"]), **cost, "images": result.images,
+        "split": split, "eval_size": eval_size, "device": device_name(device),
+    }  # fmt: skip
+
+
 def synchronise(device):
     """Wait until the device has done what it was given."""
     kind = torch.device(device).type
@@ -1179,15 +1195,23 @@ def strict_json(value):
     return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
 
 
-def write_figure(figure, path):
-    """Save and close a matplotlib figure, whole or not at all; the suffix gives the format."""
+def pyplot():
+    """matplotlib's pyplot, drawing into files; imported when it is needed, for it is slow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def write_figure(figure, path):
+    """Save and close a matplotlib figure, whole or not at all; the suffix gives the format."""
     kind = Path(path).suffix[1:]
     buffer = io.BytesIO()
     quality = {"pil_kwargs": {"quality": 80}} if kind in ("jpg", "jpeg") else {}
     figure.savefig(buffer, format=kind, dpi=80 if quality else 100, **quality)  # small sheets
-    plt.close(figure)
+    pyplot().close(figure)
     write_whole(buffer.getbuffer(), path)
 
 
@@ -1220,10 +1244,7 @@ def overlay_sheet(rows, path, titles=None):
 
     A legend under each row names the classes that it shows, in their colours.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.patches import Patch
 
     columns = max(len(row) for row in rows)

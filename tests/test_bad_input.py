@@ -6,7 +6,6 @@ every script ends in: an exception that it does not turn into a message fails th
 
 import contextlib
 import errno
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -28,20 +27,12 @@ import kd_losses
 import test_pretrained_fcn
 import train
 import voc_data
+from conftest import load_test_script
 from model_ultracompact import UltraCompactSegmentationModel
 
-ROOT = Path(voc_data.__file__).resolve().parent
 TRAIN_IDS = [f"t{number}" for number in range(6)]
 VAL_IDS = ["v0", "v1"]
 BEST, LAST = "best_model_ultracompact_none.pth", "last_ultracompact_none.pth"
-
-
-def load_test_script():
-    """test.py, under another name: `test` is a package of the standard library."""
-    spec = importlib.util.spec_from_file_location("evaluation_script", ROOT / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 test_script = load_test_script()

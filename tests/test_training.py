@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import json
 import re
 import shlex
@@ -18,19 +17,11 @@ import kd_losses
 import test_pretrained_fcn as fcn_script
 import train
 import voc_data
-from conftest import FCN_FILE, ROOT
+from conftest import FCN_FILE, ROOT, load_test_script
 from voc_data import CLASSES, DataError, UsageError
 
 MODES = ("none", "response", "feature")
 EPOCHS = 4
-
-
-def load_test_script():
-    """test.py under another name: `import test` may find the standard library's."""
-    spec = importlib.util.spec_from_file_location("project_test_script", ROOT / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 test_script = load_test_script()
@@ -227,8 +218,29 @@ def begin(root, folder, mode, teacher, *more, pretrained=False):
     _, train_items, val_items = train.find_data(args)
     train.seed_everything(args.seed, 0, 0)
     teacher = train.build_teacher(args)
-    loader, _ = train.build_loaders(args, train_items, val_items, teacher)
+    loaders, _ = train.build_loaders(args, train_items, val_items, teacher)
+    loader = loaders[args.crop_size]
     return train.Training(args, teacher, len(loader)), loader
+
+
+def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_file, tmp_path):
+    """Batches of both sizes go through a step; the same seed cuts the same part of a picture."""
+    more = ["--early_epochs", 2, "--early_crop", 48, "--crop_size", 96, "--epochs", 3]
+    args = parsed(tiny_voc, tmp_path / "s", "response", teacher_file, *more)
+    train.check_args(args)
+    assert [train.crop_of_epoch(args, epoch) for epoch in range(3)] == [48, 48, 96]
+    train.setup_processes(args)
+    _, train_items, val_items = train.find_data(args)
+    teacher = train.build_teacher(args)
+    loaders, _ = train.build_loaders(args, train_items, val_items, teacher)
+    trainer = train.Training(args, teacher, steps_per_epoch=4)
+    batches = {crop: next(iter(loader)) for crop, loader in loaders.items()}
+    for crop, batch in batches.items():
+        assert batch["image"].shape[-2:] == batch["mask"].shape[-2:] == (crop, crop)
+        assert batch["out"].shape[-1] == crop // 4
+        assert trainer.step(batch, 0)["loss"].isfinite()
+    smaller = batches[96]["mask"][:, 1::2, 1::2]
+    assert (smaller == batches[48]["mask"]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("cache", ["auto", "none"])
@@ -636,8 +648,24 @@ def test_several_seeds_of_one_variant_are_summed_up(runs, tiny_voc, tmp_path):
     rows = measure(tiny_voc, tmp_path / "out", "--checkpoint", *paths)
     mious = [100 * row["miou"] for row in rows]
     assert len(mious) == 2 and mious[0] != mious[1]
-    line = (tmp_path / "out" / "seeds.md").read_text().splitlines()[2]
+    line = (tmp_path / "out" / "runs.md").read_text().splitlines()[2]
     assert f"{statistics.mean(mious):.2f}" in line and f"{statistics.stdev(mious):.2f}" in line
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_told_apart(runs, tiny_voc, tmp_path):
+    """Two learning rates: two rows that name them; two overlay sheets."""
+    second = tmp_path / "other_rate.pth"
+    content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
+    settings = content["settings"] | {"lr": 0.5, "seed": 7, "save_dir": "elsewhere"}
+    torch.save(content | {"settings": settings}, second)
+    paths = [runs / "best_model_ultracompact_none.pth", second]
+    more = ["--visualize", "--num_vis", 2]
+    measure(tiny_voc, tmp_path / "out", "--checkpoint", *paths, *more)
+    table = (tmp_path / "out" / "runs.md").read_text()
+    rates = [row.split("|")[3].strip() for row in table.splitlines()[2:]]
+    assert sorted(rates) == sorted([f"lr {content['settings']['lr']}", "lr 0.5"])
+    names = {path.name for path in (tmp_path / "out").glob("overlays_*")}
+    assert {"overlays_ultracompact_none.jpg", "overlays_ultracompact_none_2.jpg"} <= names
 
 
 def test_no_checkpoint_at_all_is_an_error_that_names_train_py(tiny_voc, tmp_path):

@@ -40,7 +40,8 @@ def measure(args, factor, results):
         ours = train.get_args_parser().parse_args(flags)
         train.check_args(ours)
         train.setup_processes(ours)
-        loader, _ = train.build_loaders(ours, items * factor, items[:1], teacher=None)
+        loaders, _ = train.build_loaders(ours, items * factor, items[:1], teacher=None)
+        loader = loaders[ours.crop_size]
         training = train.Training(ours, None, len(loader))
         training.train_one_epoch(loader)
         start = time.perf_counter()

@@ -35,7 +35,8 @@ def our_epoch(args, items, cache_dir):
     ours = train.get_args_parser().parse_args(flags)
     train.check_args(ours)
     train.setup_processes(ours)
-    loader, _ = train.build_loaders(ours, items, items[:1], teacher=None)
+    loaders, _ = train.build_loaders(ours, items, items[:1], teacher=None)
+    loader = loaders[ours.crop_size]
     training = train.Training(ours, None, len(loader))
     return lambda: training.train_one_epoch(loader)
 
