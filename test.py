@@ -24,6 +24,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 
 import voc_data
@@ -415,7 +416,9 @@ def predict(student, image, size, device):
     """The labels a student gives an `(H, W, 3)` uint8 picture, `(H, W)`, at the picture's size."""
     pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
     pixels = voc_data.resize_longest(pixels, size)
-    logits = student.network(voc_data.normalise(pixels[None]), output_size=image.shape[:2])
+    logits = student.network(voc_data.normalise(pixels[None]))
+    if logits.shape[-2:] != image.shape[:2]:  # as `evaluate` does, so that the IoU is of this
+        logits = F.interpolate(logits, size=image.shape[:2], mode="bilinear")
     return logits[0].argmax(dim=0).cpu().numpy()
 
 
