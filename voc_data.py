@@ -970,8 +970,9 @@ class ConfusionMatrix:
         """Add the pixels of `target` (any shape, labels, VOID left out) and `prediction`."""
         classes = len(self.counts)
         known = (target >= 0) & (target < classes)
-        pairs = target[known].to(torch.int64) * classes + prediction[known]
-        self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        pairs = torch.where(known, target.to(torch.int64) * classes + prediction, classes**2)
+        counts = torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[:-1]  # last: unknown
+        self.counts += counts.view(classes, classes)
 
     def reduce_over_processes(self):
         """Sum the counts of all processes; exact, they are integers."""
@@ -1039,7 +1040,7 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
             logits = model(normalise(image)).float()
         if logits.shape[-2:] != target.shape[-2:]:
             logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
-        prediction = logits.argmax(dim=1)
+        prediction = logits.max(dim=1).indices  # on a CPU several times faster than argmax
         matrix.update(target, prediction)
         loss = F.cross_entropy(logits, target.long(), ignore_index=VOID, reduction="sum")
         sums += torch.stack([loss, (target != VOID).sum(), torch.ones_like(loss)]).to(exact)
