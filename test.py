@@ -219,9 +219,15 @@ def read_json(text, path):
 
 # --------------------------------------------------------------------------------------- tables
 
-# Settings of a run that say where and how it ran, not what it computed; and the seed.
+# Settings of a run that say where it ran, how often it was looked at, and the seed: not a choice of
+# what to compute. And those that only distillation has.
 NO_CHOICES = {
     "seed", "save_dir", "cache_dir", "data_root", "workers", "device", "resume", "overwrite",
+    "pixel_cache", "val_every", "patience", "checkpoint_interval",
+}  # fmt: skip
+KD_SETTINGS = {
+    "kd_mode", "teacher", "teacher_weights", "teacher_cache", "teacher_size", "temperature", "alpha",
+    "beta", "kd_levels",
 }  # fmt: skip
 COLUMNS = (
     # heading, how to show it
@@ -291,18 +297,23 @@ def write_runs_table(rows, path):
     """Mean and standard deviation over the seeds of each model, mode and choice of settings.
 
     Written where some model and mode comes more than once. Settings are named where they differ
-    between the rows of one model and mode; "gain" is over `none` with the same settings.
+    between the rows of one model and mode; "gain" is over `none` with the same settings but those
+    of distillation.
     """
-    variants = [(row["model"], row["kd_mode"]) for row in rows]
-    if len(set(variants)) == len(rows):
+    variants = {(row["model"], row["kd_mode"]) for row in rows}
+    if len(variants) == len(rows):
         return
     groups = defaultdict(list)
-    for row, variant in zip(rows, variants):
-        others = [other for other, its in zip(rows, variants) if its == variant]
-        groups[*variant, differing_settings(row, others)].append(100 * row["miou"])
+    for row in rows:
+        groups[row["model"], row["kd_mode"], differing_settings(row, rows)].append(row)
     cells = []
-    for (model, mode, settings), values in groups.items():
-        alone = groups.get((model, "none", settings))
+    for (model, mode, settings), members in groups.items():
+        values = [100 * row["miou"] for row in members]
+        alone = [
+            100 * row["miou"] for row in rows
+            if (row["model"], row["kd_mode"]) == (model, "none")
+            and choices(row, KD_SETTINGS) == choices(members[0], KD_SETTINGS)
+        ]  # fmt: skip
         gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if alone else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         each = " ".join(f"{value:.2f}" for value in values)
@@ -314,14 +325,19 @@ def write_runs_table(rows, path):
     write_text(table + "\n", path)
 
 
-def differing_settings(row, others):
-    """The settings of a row that are not the same in all the others, as text; seeds aside."""
+def choices(row, but=()):
+    """The settings of a row that say what its run computed, without those named in `but`."""
     settings = row.get("settings", {})
-    names = {
-        name for other in others for name, value in other.get("settings", {}).items()
-        if name not in NO_CHOICES and value != settings.get(name)
-    }  # fmt: skip
-    return ", ".join(f"{name} {settings.get(name)}" for name in sorted(names))
+    return {name: settings[name] for name in settings if name not in NO_CHOICES | set(but)}
+
+
+def differing_settings(row, rows):
+    """The choices of a row that other rows of its model and mode made otherwise, as text."""
+    others = [r for r in rows if (r["model"], r["kd_mode"]) == (row["model"], row["kd_mode"])]
+    mine = choices(row)
+    names = {name for other in others for name, value in choices(other).items()
+             if value != mine.get(name)}  # fmt: skip
+    return ", ".join(f"{name} {mine.get(name)}" for name in sorted(names))
 
 
 # -------------------------------------------------------------------------------------- pictures

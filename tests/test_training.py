@@ -664,6 +664,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(runs, tiny_voc, t
     table = (tmp_path / "out" / "runs.md").read_text()
     rates = [row.split("|")[3].strip() for row in table.splitlines()[2:]]
     assert sorted(rates) == sorted([f"lr {content['settings']['lr']}", "lr 0.5"])
+    response = runs / "best_model_ultracompact_response.pth"
+    measure(tiny_voc, tmp_path / "gain", "--checkpoint", *paths, response)
+    lines = (tmp_path / "gain" / "runs.md").read_text().splitlines()[2:]
+    gains = {tuple(cell.strip() for cell in line.split("|")[2:4]): line.split("|")[7].strip()
+             for line in lines}  # fmt: skip
+    assert gains["none", "lr 0.5"] == gains["none", f"lr {content['settings']['lr']}"] == "+0.00"
+    mious = [100 * kd_losses.read_checkpoint(path)["miou"] for path in (response, paths[0])]
+    assert float(gains["response", ""]) == pytest.approx(mious[0] - mious[1], abs=0.02)
     names = {path.name for path in (tmp_path / "out").glob("overlays_*")}
     assert {"overlays_ultracompact_none.jpg", "overlays_ultracompact_none_2.jpg"} <= names
 
