@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export.passes import move_to_device_pass
 from torchvision import models
 from tqdm import tqdm
 
@@ -214,6 +215,7 @@ class Teacher(nn.Module):
         name: for reports.
         taps: {level: module of `network`} whose outputs are the features; None where the network
             returns them itself.
+        device: where the network is.
 
     Attributes:
         channels: {"out": classes, level: channels}, seen in a trial run.
@@ -222,7 +224,7 @@ class Teacher(nn.Module):
         DataError: it returns no logits, or not for the 21 classes of VOC.
     """
 
-    def __init__(self, network, name, taps=None):
+    def __init__(self, network, name, taps=None, device="cpu"):
         super().__init__()
         # In a tuple, hidden from parameters(), state_dict() and train(): it must never train, and
         # the modules of torch.export do not even allow train() and eval() to be called.
@@ -232,7 +234,8 @@ class Teacher(nn.Module):
         self._tapped, self._has_taps = {}, bool(taps)
         for level, module in (taps or {}).items():
             module.register_forward_hook(self._remember(level))
-        self.channels = {key: value.shape[1] for key, value in self(self._trial_image()).items()}
+        trial = self(torch.zeros(2, 3, 65, 65, device=device))
+        self.channels = {key: value.shape[1] for key, value in trial.items()}
         if self.channels.get("out") != NUM_CLASSES:
             raise DataError(
                 f"the teacher {name} gives {self.channels.get('out', 'no')} classes; VOC has "
@@ -244,10 +247,6 @@ class Teacher(nn.Module):
             self._tapped[level] = output
 
         return hook
-
-    def _trial_image(self):
-        parameter = next(self._network[0].parameters())
-        return torch.zeros(2, 3, 65, 65, device=parameter.device)
 
     @torch.no_grad()
     def forward(self, images, logits=True):
@@ -305,20 +304,24 @@ def load_teacher(name="fcn_resnet50", weights_file=None, device="cpu"):
         UsageError: no such model. DataError: its file is missing, damaged or does not fit.
         OSError: the weights could not be downloaded.
     """
-    if str(name).endswith(".pt2"):
-        return Teacher(read_exported(name, device), Path(name).name)
-    if str(name).endswith((".pth", ".pt")):
-        student, checkpoint = load_student(name)
-        return Teacher(StudentAsTeacher(student).to(device).eval(), Path(name).name)
+    if str(name).endswith((".pt2", ".pth", ".pt")):
+        if weights_file:
+            raise UsageError(f"--teacher {name} has its weights; --teacher_weights is for a name")
+        if str(name).endswith(".pt2"):
+            network = read_exported(name, device)
+        else:
+            network = StudentAsTeacher(load_student(name)[0]).to(device).eval()
+        return Teacher(network, Path(name).name, device=device)
     known = models.list_models(module=models.segmentation)
     if name not in known:
         raise UsageError(
             f"--teacher {name} is neither a .pth or .pt2 file nor one of {', '.join(known)}"
         )
-    network = torchvision_teacher(name, weights_file).to(device).eval()
+    network = torchvision_teacher(name, weights_file)
+    network = network.to(device, memory_format=torch.channels_last).eval()
     network.aux_classifier = None  # only ever used in training
     label = name if weights_file is None else f"{name} ({Path(weights_file).name})"
-    return Teacher(network, label, backbone_taps(network.backbone))
+    return Teacher(network, label, backbone_taps(network.backbone), device)
 
 
 def torchvision_teacher(name, weights_file):
@@ -363,7 +366,7 @@ def backbone_taps(backbone):
 
 
 def read_exported(path, device):
-    """The module of a `.pt2` file of `torch.export`, frozen as it was exported."""
+    """The module of a `.pt2` file of `torch.export`, frozen as it was exported, on a device."""
     if not Path(path).is_file():
         raise DataError(f"--teacher {path} does not exist")
     if not zipfile.is_zipfile(path):
@@ -374,9 +377,7 @@ def read_exported(path, device):
         raise DataError(
             f"--teacher {path} is not a file of torch.export.save ({first_line(error)})"
         ) from error
-    if torch.device(device).type != "cpu":
-        program = torch.export.passes.move_to_device_pass(program, str(device))
-    return program.module()
+    return move_to_device_pass(program, str(device)).module()
 
 
 # ------------------------------------------------------------- the teacher, once for each image
@@ -403,16 +404,22 @@ def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identit
         identity: what tells this teacher from others, besides its name.
 
     Returns:
-        {key: (ArrayStore of (C, h, w) float16, cell)} for `VOCDataset`; None where the disk has no
-        room.
+        {key: (ArrayStore of (C, h, w) float16, cell)} for `VOCDataset`.
+
+    Raises:
+        DataError: the disk has no room for it. (A teacher that is asked live sees crops and says
+            other things: that is for the user to choose.)
     """
     identity = (teacher.name, identity, size, tuple(keys), CACHE_VERSION)
     folder = Path(cache_dir) / f"teacher-{fingerprint(items, identity)}"
     needed = sum(
         2 * teacher.channels[key] * (size / KEPT_STRIDES[key]) ** 2 * len(items) for key in keys
     )
-    if not folder.is_dir() and not has_room(cache_dir, needed, "teacher cache"):
-        return None
+    if not folder.is_dir() and not has_room(cache_dir, needed):
+        raise DataError(
+            f"the teacher cache needs {needed / 1e9:.1f} GB, and {cache_dir} has less: free some, "
+            "name another --cache_dir, or ask the teacher about every crop (--teacher_cache none)"
+        )
 
     def fill(unfinished):
         writers = {key: ArrayStoreWriter(unfinished, key, np.float16) for key in keys}

@@ -85,7 +85,7 @@ def main(args):
     items = voc_data.list_items(root, args.val_split)
     rows = [measure(args, student, items, device) for student in students]
     add_gains(rows)
-    rows += teacher_rows(output)
+    rows += teacher_rows(output, like=rows[0])
     write_tables(rows, output, f"{len(items)} images of '{args.val_split}'")
     draw_per_class(rows, output / "per_class_iou.png")
     draw_training_curves(students, output / "training_curves.png")
@@ -198,15 +198,34 @@ def measure(args, student, items, device):
 
 
 def add_gains(rows):
-    """Set each row's "gain": its mIoU over the mean of the same model's `none` rows, in points."""
+    """Set each row's "gain" in points of mIoU: over the mean of the `none` rows like it."""
     for row in rows:
-        alone = [r["miou"] for r in rows if r["model"] == row["model"] and r["kd_mode"] == "none"]
+        alone = alone_like(row, rows)
         row["gain"] = 100 * (row["miou"] - statistics.mean(alone)) if alone else None
 
 
-def teacher_rows(folder):
-    """The rows that test_pretrained_fcn.py left in the folder of the tables."""
-    return [read_json(path.read_text(), path) for path in sorted(folder.glob("teacher_*.json"))]
+def alone_like(row, rows):
+    """mIoUs of the `none` rows of the same model and settings, but those of distillation.
+
+    A run that was longer, or had other data or crops, is no measure of what the teacher gave.
+    """
+    return [
+        other["miou"] for other in rows
+        if (other["model"], other["kd_mode"]) == (row["model"], "none")
+        and choices(other, KD_SETTINGS) == choices(row, KD_SETTINGS)
+    ]  # fmt: skip
+
+
+def teacher_rows(folder, like):
+    """The rows that test_pretrained_fcn.py left in the folder of the tables, measured as `like`."""
+    taken = []
+    for path in sorted(folder.glob("teacher_*.json")):
+        row = read_json(path.read_text(), path)
+        if all(row.get(name) == like[name] for name in ("split", "images", "device", "speed_size")):
+            taken.append(row)
+        else:
+            print(f"{path} was measured on another split, device or --speed_size: not in the table")
+    return taken
 
 
 def read_json(text, path):
@@ -226,13 +245,14 @@ NO_CHOICES = {
     "pixel_cache", "val_every", "patience", "checkpoint_interval",
 }  # fmt: skip
 KD_SETTINGS = {
-    "kd_mode", "teacher", "teacher_weights", "teacher_cache", "teacher_size", "temperature", "alpha",
-    "beta", "kd_levels",
+    "kd_mode", "teacher", "teacher_weights", "teacher_cache", "teacher_size", "temperature",
+    "alpha", "beta", "kd_levels", "extra_images", "data_key",
 }  # fmt: skip
 COLUMNS = (
     # heading, how to show it
     ("model", lambda r: r["model"]),
     ("KD", lambda r: r["kd_mode"]),
+    ("input px", lambda r: r["eval_size"] or "own"),
     ("mIoU %", lambda r: f"{100 * r['miou']:.2f}"),
     ("gain", lambda r: "" if r.get("gain") is None else f"{r['gain']:+.2f}"),
     ("pixel acc. %", lambda r: f"{100 * r['pixel_accuracy']:.2f}"),
@@ -251,12 +271,12 @@ def write_tables(rows, output, what):
     layout = {"headers": headings, "disable_numparse": True}
     print(f"\n{tabulate(cells, tablefmt='simple', **layout)}")
     size = rows[0]["speed_size"]
-    sizes = sorted({f"{row['eval_size']} px" if row["eval_size"] else "own" for row in rows})
     note = (
-        f"mIoU on {what}, against masks at native size (longest side of the image on its way in: "
-        f"{', '.join(sizes)}); gain over `none` in mIoU points; MACs and latency "
-        f"(BatchNorm folded, median ± half the interquartile range) for one {size} x {size} "
-        f"image on {rows[0]['device']}; score = 4 mIoU / (1 + millions of parameters)."
+        f"mIoU on {what}, against masks at native size (input px: longest side of the image on its "
+        "way in); gain over `none` in mIoU points, where a run with the same settings but those of "
+        "distillation is in the table; MACs and latency (students with BatchNorm folded; median ± "
+        f"half the interquartile range) for one {size} x {size} image on {rows[0]['device']}; "
+        "score = 4 mIoU / (1 + millions of parameters)."
     )
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
@@ -309,12 +329,8 @@ def write_runs_table(rows, path):
     cells = []
     for (model, mode, settings), members in groups.items():
         values = [100 * row["miou"] for row in members]
-        alone = [
-            100 * row["miou"] for row in rows
-            if (row["model"], row["kd_mode"]) == (model, "none")
-            and choices(row, KD_SETTINGS) == choices(members[0], KD_SETTINGS)
-        ]  # fmt: skip
-        gain = f"{statistics.mean(values) - statistics.mean(alone):+.2f}" if alone else ""
+        alone = alone_like(members[0], rows)
+        gain = f"{statistics.mean(values) - 100 * statistics.mean(alone):+.2f}" if alone else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         each = " ".join(f"{value:.2f}" for value in values)
         mean = f"{statistics.mean(values):.2f}"
@@ -335,8 +351,8 @@ def differing_settings(row, rows):
     """The choices of a row that other rows of its model and mode made otherwise, as text."""
     others = [r for r in rows if (r["model"], r["kd_mode"]) == (row["model"], row["kd_mode"])]
     mine = choices(row)
-    names = {name for other in others for name, value in choices(other).items()
-             if value != mine.get(name)}  # fmt: skip
+    names = {name for other in others for name in choices(other) | mine
+             if choices(other).get(name) != mine.get(name)}  # fmt: skip
     return ", ".join(f"{name} {mine.get(name)}" for name in sorted(names))
 
 
@@ -365,7 +381,7 @@ def draw_training_curves(students, path):
         file = student.path.with_name(f"history_{student.run}.jsonl")
         if file.is_file():
             lines = [read_json(line, file) for line in file.read_text().splitlines()]
-            histories.setdefault(student.run, lines)
+            histories[student.label] = lines
     if not histories:
         return
     figure, (left, right) = voc_data.pyplot().subplots(
@@ -395,11 +411,11 @@ def visualize(args, students, rows, items, device, output):
         best, worst = ranked[: args.num_vis // 2], ranked[::-1][: args.num_vis // 2]
         sheet = []
         for pair in zip(best, worst):
-            panels = [
-                panels_of(by_id[image_id], {f"prediction, IoU {iou[image_id]:.2f}": student}, device)
-                for image_id in pair
-            ]
-            sheet.append(sum(panels, []))
+            panels = []
+            for image_id in pair:
+                title = f"prediction, IoU {iou[image_id]:.2f}"
+                panels += panels_of(by_id[image_id], {title: student}, device)
+            sheet.append(panels)
         path = output / f"overlays_{student.label}.jpg"
         voc_data.overlay_sheet(sheet, path, f"{student.label}: best images (left), worst (right)")
         print(f"overlays in {path}")
@@ -430,9 +446,8 @@ def panels_of(item, students, device):
 @torch.inference_mode()
 def predict(student, image, size, device):
     """The labels a student gives an `(H, W, 3)` uint8 picture, `(H, W)`, at the picture's size."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
-    pixels = voc_data.resize_longest(pixels, size)
-    logits = student.network(voc_data.normalise(pixels[None]))
+    pixels = voc_data.resize_longest(torch.from_numpy(image).permute(2, 0, 1), size)
+    logits = student.network(voc_data.normalise(pixels[None].to(device)))
     if logits.shape[-2:] != image.shape[:2]:  # as `evaluate` does, so that the IoU is of this
         logits = F.interpolate(logits, size=image.shape[:2], mode="bilinear")
     return logits[0].argmax(dim=0).cpu().numpy()

@@ -46,7 +46,7 @@ from voc_data import DataError, UsageError, write_figure, write_whole
 # one undisturbed run.
 FREE_ON_RESUME = {
     "resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir", "pixel_cache",
-    "epochs", "patience", "checkpoint_interval", "teacher_weights",
+    "epochs", "patience", "checkpoint_interval",
 }  # fmt: skip
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wait for the device
 
@@ -206,8 +206,9 @@ def main(args):
     try:
         run_epochs(args, trainer, train_data, val_data, files)
     except (KeyboardInterrupt, SystemExit, RuntimeError):
+        again = "The same command again" if args.resume == "auto" else "It with --resume auto"
         say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are "
-                  "saved. The same command again goes on from there.")  # fmt: skip
+                  f"saved. {again} goes on from there.")  # fmt: skip
         raise
     finally:
         if dist.is_initialized():
@@ -279,8 +280,10 @@ def check_args(args):
 
 def find_resume(args, files):
     """The state to continue from, or None for a fresh start that is allowed to write."""
-    path = {"auto": files.last, "none": None}.get(args.resume, Path(args.resume))
-    if args.resume == "auto" and not path.is_file():
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, itself
+    resume = "auto" if restarted else args.resume
+    path = {"auto": files.last, "none": None}.get(resume, Path(resume))
+    if resume == "auto" and not path.is_file():
         path = None
     there = [file for file in (files.best, files.last) if file.exists()]
     if path != files.last and there and not args.overwrite:
@@ -321,6 +324,7 @@ def settings_of(args):
     """The flags as plain values, for checkpoints and reports; paths by their last part alone."""
     hidden = {"rank", "world_size", "torch_device", "data_summary"}
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
+    settings["processes"] = args.world_size
     paths = ("data_root", "extra_images", "teacher", "teacher_weights", "save_dir", "cache_dir")
     for name in paths:
         settings[name] = Path(settings[name]).name if settings[name] else None
@@ -337,9 +341,12 @@ def setup_processes(args):
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.torch_device = voc_data.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if args.world_size > 1 and args.device and ":" in args.device:
+        raise UsageError(f"--device {args.device}: torchrun gives each process a device of its own")
+    if args.world_size > 1 and args.torch_device.type == "mps":
+        args.torch_device = torch.device("cpu")  # gloo does not know MPS
     if args.torch_device.type == "cuda":
         torch.cuda.set_device(args.torch_device)
-        torch.backends.cudnn.benchmark = True
     if args.world_size > 1 and not dist.is_initialized():
         backend = "nccl" if args.torch_device.type == "cuda" else "gloo"
         wait = timedelta(hours=2)  # the others wait while the first fills the caches
@@ -547,9 +554,9 @@ class Training:
             self.module = DistributedDataParallel(self.module, device_ids=device_ids)
         self.averaged = copy.deepcopy(self.student).eval().requires_grad_(False)
         # (averaged, current) tensors: the same objects for the whole run, so paired once.
-        self.pairs = list(
-            zip(self.averaged.state_dict().values(), self.student.state_dict().values())
-        )
+        pairs = list(zip(self.averaged.state_dict().values(), self.student.state_dict().values()))
+        self.float_pairs = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.count_pairs = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.optimizer = build_optimizer(args, self.student, self.adapters)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.amp_dtype = choose_amp(args.amp, self.device)
@@ -568,6 +575,7 @@ class Training:
         seed_everything(args.seed, self.epoch, args.rank)
         loader.sampler.set_epoch(self.epoch)
         self.module.train()
+        torch.backends.cudnn.benchmark = True  # all crops have one size
         totals = torch.zeros(3, device=self.device)
         recent = deque(maxlen=CHECK_EVERY)  # (loss, indices of the batch), for a message
         label = f"epoch {self.epoch + 1}/{args.epochs}"
@@ -639,11 +647,10 @@ class Training:
     def update_average(self, step):
         """Move the averaged weights and BatchNorm statistics towards the current ones."""
         decay = min(self.args.ema, (1 + step) / (10 + step))  # follows closely at first
-        floats = [pair for pair in self.pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
-        for averaged, current in self.pairs:
-            if not averaged.is_floating_point():  # BatchNorm's count of batches
-                averaged.copy_(current)
+        averaged, current = zip(*self.float_pairs)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        averaged, current = zip(*self.count_pairs)  # BatchNorm's count of batches
+        torch._foreach_copy_(averaged, current)
 
     def share_statistics(self):
         """Give all processes the BatchNorm statistics of the first: each saw other images."""
@@ -666,6 +673,7 @@ class Training:
     def validate(self, loader):
         """mIoU and loss of the averaged weights on the validation split."""
         start = time.time()
+        torch.backends.cudnn.benchmark = False  # every image has a size of its own
         result = voc_data.evaluate(self.averaged, loader, self.device, self.autocast)
         return {
             "val_loss": result.loss, "val_miou": result.matrix.miou,
@@ -714,7 +722,8 @@ class Training:
     def load_state_dict(self, state):
         """Continue from what `state_dict` gave."""
         for name in ("student", "averaged", "adapters", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+            if state[name] or name != "scaler":  # empty where the last device needed no scaling
+                getattr(self, name).load_state_dict(state[name])
         for name in ("epoch", "best", "since_best", "history"):
             setattr(self, name, state[name])
 

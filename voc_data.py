@@ -15,6 +15,7 @@ https://doi.org/10.1007/s11263-014-0733-5
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -583,31 +585,38 @@ def fingerprint(items, *more):
 
 
 def cached(folder, fill):
-    """Return `folder`, filled by `fill(folder)` if it is not there; whole or absent, never half."""
+    """Return `folder`, filled by `fill(folder)` if it is not there; whole or absent, never half.
+
+    Several processes may fill it at once, each a copy of its own; the first to end wins.
+    """
+    remove_abandoned(folder)
     if folder.is_dir():
         return folder
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", folder.parent))
     try:
         fill(unfinished)
         unfinished.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        if not (isinstance(error, OSError) and folder.is_dir()):  # else another was faster
+            raise
     return folder
 
 
-def has_room(cache_dir, needed, what):
-    """True if the disk of `cache_dir` has `needed` bytes to spare; says so if not."""
+def remove_abandoned(folder, seconds=600):
+    """Remove the unfinished copies of a cache that nobody has written to for so long."""
+    for unfinished in folder.parent.glob(f"{folder.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            written = max(path.stat().st_mtime for path in (unfinished, *unfinished.iterdir()))
+            if time.time() - written > seconds:
+                shutil.rmtree(unfinished)
+
+
+def has_room(cache_dir, needed):
+    """True if the disk of `cache_dir` has `needed` bytes to spare."""
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache_dir).free
-    if needed > 0.9 * free:
-        print(
-            f"{what}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {cache_dir}; going "
-            "on without it (slower)"
-        )
-    return needed <= 0.9 * free
+    return needed <= 0.9 * shutil.disk_usage(cache_dir).free
 
 
 def pixel_cache(items, cache_dir, workers=0):
@@ -619,7 +628,9 @@ def pixel_cache(items, cache_dir, workers=0):
     folder = Path(cache_dir) / f"pixels-{fingerprint(items, CACHE_VERSION)}"
     if not folder.is_dir():
         needed = 4 * sum(math.prod(image_size(item.image)) for item in items)
-        if not has_room(cache_dir, needed, "pixel cache"):
+        if not has_room(cache_dir, needed):
+            print(f"the pixel cache needs {needed / 1e9:.1f} GB, and {cache_dir} has less: "
+                  "decoding in every epoch (slower, the same pictures)")  # fmt: skip
             return None
 
     def fill(unfinished):
@@ -822,19 +833,30 @@ def normalise(images, colour=None):
     Returns:
         (N, 3, H, W) float32, normalised with ImageNet's mean and standard deviation.
     """
-    device = images.device
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1) * 255
+    mean, std, grey, identity = colour_constants(images.device)
     pixels = images.flatten(2).float()  # (N, 3, H*W)
     if colour is None:
         return ((pixels - mean) / std).view(images.shape)
-    brightness, contrast, saturation = colour.to(device).view(-1, 3, 1, 1).unbind(1)  # (N, 1, 1)
-    grey = torch.tensor([0.2989, 0.587, 0.114], device=device)
-    saturate = saturation * torch.eye(3, device=device) + (1 - saturation) * grey.expand(3, 3)
+    colour = colour.to(images.device, non_blocking=True).view(-1, 3, 1, 1)
+    brightness, contrast, saturation = colour.unbind(1)  # (N, 1, 1)
+    saturate = saturation * identity + (1 - saturation) * grey.expand(3, 3)
     mean_grey = (grey @ pixels.mean(dim=2).T).view(-1, 1, 1)
     offset = saturate @ ((1 - contrast) * brightness * mean_grey).expand(-1, 3, 1)
     out = torch.baddbmm((offset - mean) / std, saturate * contrast * brightness / std, pixels)
     return out.clamp_(-mean / std, (255 - mean) / std).view(images.shape)
+
+
+@functools.cache
+@torch.inference_mode(False)  # used in training too
+def colour_constants(device):
+    """Mean and std (3, 1) of ImageNet in 0..255, the weights of grey (3,) and the identity (3, 3).
+
+    Kept on the device: a copy to a GPU in every step would make the host wait for it.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1) * 255
+    grey = torch.tensor([0.2989, 0.587, 0.114], device=device)
+    return mean, std, grey, torch.eye(3, device=device)
 
 
 # ---------------------------------------------------------------------------- dataset and loaders
@@ -1036,7 +1058,7 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
     sums = torch.zeros(3, dtype=exact, device=device)  # loss, pixels, images
     for sample in loader:
         image, target = sample["image"].to(device), sample["mask"].to(device)
-        with autocast() if autocast else torch.autocast("cpu", enabled=False):
+        with autocast() if autocast else contextlib.nullcontext():
             logits = model(normalise(image)).float()
         if logits.shape[-2:] != target.shape[-2:]:
             logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
@@ -1135,19 +1157,20 @@ def device_name(device):
 
 
 def choose_device(name=None, local_rank=0):
-    """The torch device of a name, or the best there is.
+    """The torch device of a name, or the best there is; of several GPUs, number `local_rank`.
 
     Raises:
         UsageError: there is no such device here.
     """
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        on_mac = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if on_mac else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("cuda, mps and cpu are supported")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -247,7 +247,7 @@ def compare(run, reference):
         wrong.append(f"the history has the epochs {epochs}")
     if without_clocks(run.history()) != without_clocks(reference.history()):
         wrong.append("the history has other numbers")
-    wrong += [f"stray file {path}" for path in run.folder.rglob("*.tmp")]
+    wrong += [f"stray file {path}" for path in run.save.rglob("*.tmp")]
     files = [{path.name for path in r.save.iterdir()} for r in (run, reference)]
     if files[0] != files[1]:
         wrong.append(f"other files: {sorted(files[0] ^ files[1])}")

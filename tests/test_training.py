@@ -761,6 +761,10 @@ def test_pretrained_fcn_end_to_end_leaves_its_row_for_the_table(
     assert row["miou"] == pytest.approx(matrix.miou, abs=1e-4)
 
     path = runs / "best_model_ultracompact_none.pth"
-    rows = measure(tiny_voc, tmp_path / "out", "--checkpoint", path)
+    rows = measure(root, tmp_path / "out", "--checkpoint", path, "--val_split", "two")
     assert [r["kd_mode"] for r in rows] == ["none", "teacher"]
     assert "fcn_resnet50" in (tmp_path / "out" / "results.md").read_text()
+    capsys.readouterr()
+    rows = measure(root, tmp_path / "out", "--checkpoint", path)  # other images: no row beside it
+    assert [r["kd_mode"] for r in rows] == ["none"]
+    assert "measured on another split" in capsys.readouterr().out
