@@ -254,7 +254,7 @@ COLUMNS = (
     ("KD", lambda r: r["kd_mode"]),
     ("input px", lambda r: r["eval_size"] or "own"),
     ("mIoU %", lambda r: f"{100 * r['miou']:.2f}"),
-    ("gain", lambda r: "" if r.get("gain") is None else f"{r['gain']:+.2f}"),
+    ("gain", lambda r: "" if r.get("gain") is None else show_gain(r["gain"])),
     ("pixel acc. %", lambda r: f"{100 * r['pixel_accuracy']:.2f}"),
     ("parameters", lambda r: f"{r['parameters']:,}"),
     ("MMACs", lambda r: f"{r['macs'] / 1e6:.0f}"),
@@ -290,6 +290,11 @@ def write_tables(rows, output, what):
     write_text(table + "\n", output / "per_class.md")
     write_runs_table(rows, output / "runs.md")
     print(f"tables in {output}/: results.md .tex .csv .json, per_class.md")
+
+
+def show_gain(points):
+    """A difference with its sign; 0 is +0.00, never -0.00."""
+    return f"{round(points, 2) + 0.0:+.2f}"
 
 
 def percent(value):
@@ -330,7 +335,7 @@ def write_runs_table(rows, path):
     for (model, mode, settings), members in groups.items():
         values = [100 * row["miou"] for row in members]
         alone = alone_like(members[0], rows)
-        gain = f"{statistics.mean(values) - 100 * statistics.mean(alone):+.2f}" if alone else ""
+        gain = show_gain(statistics.mean(values) - 100 * statistics.mean(alone)) if alone else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
         each = " ".join(f"{value:.2f}" for value in values)
         mean = f"{statistics.mean(values):.2f}"

@@ -542,3 +542,31 @@ def test_teacher_map_is_neither_taken_for_the_image_nor_for_a_mask():
     out = voc_data.train_transform(65)(sample)
     assert out["image"].shape == (3, 65, 65) and out["mask"].shape == (65, 65)
     assert out["out"].shape == (2, 17, 17) and out["out"].dtype == torch.float32
+
+
+def test_two_processes_may_fill_one_cache(tmp_path):
+    """Each fills a copy of its own; the first to end wins, and no copy is left over."""
+    folder = tmp_path / "cache" / "key"
+
+    def fill(name, meanwhile=lambda: None):
+        def write(unfinished):
+            (unfinished / "content").write_text(name)
+            meanwhile()
+
+        return write
+
+    faster = fill("faster")
+    voc_data.cached(folder, fill("slower", lambda: voc_data.cached(folder, faster)))
+    assert (folder / "content").read_text() == "faster"
+    assert [path.name for path in folder.parent.iterdir()] == ["key"]
+
+
+def test_abandoned_copy_of_a_cache_is_removed_and_a_fresh_one_is_not(tmp_path):
+    old, fresh = tmp_path / "key.1.tmp", tmp_path / "key.2.tmp"
+    for folder in (old, fresh):
+        folder.mkdir()
+        (folder / "part").write_text("half")
+    for path in (old / "part", old):
+        os.utime(path, (1, 1))
+    voc_data.cached(tmp_path / "key", lambda unfinished: None)
+    assert not old.exists() and fresh.exists()

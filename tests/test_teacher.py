@@ -441,3 +441,17 @@ def test_code_inside_a_checkpoint_is_never_executed(tmp_path):
         with pytest.raises(DataError, match="evil.pth.*never executed"):
             load(tmp_path / "evil.pth")
     assert not marker.exists()
+
+
+def test_weights_for_a_teacher_that_is_a_file_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--teacher_weights is for a name"):
+        kd_losses.load_teacher(tmp_path / "teacher.pth", tmp_path / "weights.pth")
+
+
+def test_teacher_cache_without_room_is_an_error_that_says_what_to_do(
+    student_file, items, tmp_path, monkeypatch
+):
+    """Not a silent change to a live teacher, which sees crops and says other things."""
+    monkeypatch.setattr(kd_losses, "has_room", lambda *_: False)
+    with pytest.raises(DataError, match="--teacher_cache none"):
+        cache(load_teacher(student_file), items, tmp_path, ["out"], size=65)

@@ -223,6 +223,24 @@ def begin(root, folder, mode, teacher, *more, pretrained=False):
     return train.Training(args, teacher, len(loader)), loader
 
 
+def test_state_of_a_device_without_loss_scaling_continues_on_one_with(tiny_voc, tmp_path):
+    """From a CPU or a bfloat16 GPU to one that has float16 only, as Colab may give next time."""
+    trainer, _ = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50")
+    state = trainer.state_dict()
+    assert state["scaler"] == {}
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    trainer.load_state_dict(state)
+
+
+def test_restart_by_torchrun_goes_on_even_where_the_flags_say_afresh(tmp_path, monkeypatch):
+    args = train.get_args_parser().parse_args(["--resume", "none", "--overwrite"])
+    files = train.RunFiles(tmp_path, "ultracompact_none")
+    train.save_whole({"epoch": 3, "optimizer": {}, "settings": {}}, files.last)
+    assert train.find_resume(args, files) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.find_resume(args, files)["epoch"] == 3
+
+
 def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_file, tmp_path):
     """Batches of both sizes go through a step; the same seed cuts the same part of a picture."""
     more = ["--early_epochs", 2, "--early_crop", 48, "--crop_size", 96, "--epochs", 3]
@@ -595,9 +613,10 @@ def test_tables_in_four_formats_say_the_same(tested):
     assert set(table[0]) >= {"model", "kd_mode", "miou", "score", *(f"iou_{c}" for c in CLASSES)}
     for line, from_csv, row in zip(markdown[2:], table, rows):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[:2] == [row["model"], row["kd_mode"]]
+        shown = dict(zip((cell.strip() for cell in markdown[0].strip("|").split("|")), cells))
+        assert [shown["model"], shown["KD"]] == [row["model"], row["kd_mode"]]
         figures = [f"{100 * row['miou']:.2f}", f"{row['parameters']:,}", f"{row['score']:.3f}"]
-        assert [cells[2], cells[5], cells[9]] == figures
+        assert [shown["mIoU %"], shown["parameters"], shown["score"]] == figures
         assert float(from_csv["miou"]) == row["miou"]
         assert any(all(f in line for f in figures) for line in latex.splitlines())
     per_class = (output / "per_class.md").read_text()
