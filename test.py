@@ -63,7 +63,10 @@ def get_args_parser():
         "--image", nargs="+", metavar="PATH", help="photographs or folders of them: write "
         "overlays, measure nothing",
     )  # fmt: skip
-    group.add_argument("--photo_size", type=int, default=512, help="longest side of --image inside")
+    group.add_argument(
+        "--photo_size", type=int, help="longest side of an --image on its way in (default: as in "
+        "the checkpoint's validation, 512 where that took images as they were)",
+    )  # fmt: skip
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="report", help="where tables and pictures go")
@@ -98,7 +101,7 @@ def check_args(args):
     rules = [
         ("num_vis", args.num_vis >= 2, "at least 2"),
         ("eval_size", not args.eval_size or args.eval_size >= 33, "0, or at least 33"),
-        ("photo_size", args.photo_size >= 33, "at least 33"),
+        ("photo_size", args.photo_size is None or args.photo_size >= 33, "at least 33"),
         ("speed_size", args.speed_size >= 33, "at least 33"),
         ("speed_repeats", args.speed_repeats >= 1, "at least 1"),
         ("workers", args.workers >= 0, "0 or more"),
@@ -471,7 +474,8 @@ def overlay_photographs(args, students, device, output):
         image = voc_data.read_image(path)
         panels = [(path.name, image, [])]
         for student in students:
-            labels = predict(student, image, args.photo_size, device)
+            size = args.photo_size or student.eval_size or 512
+            labels = predict(student, image, size, device)
             title = f"{student.model} {student.kd_mode}"
             panels.append((title, voc_data.overlay(image, labels), voc_data.objects_in(labels)))
         target, again = output / f"photo_{path.stem}.jpg", 2

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node=2 train.py ...                           # two GPUs
 
 One loop for all modes: the mode changes the criterion, nothing else. The same command again
-continues a run that was cut off, from its last whole epoch, to the same weights.
+continues a run that was cut off, from its last whole epoch, to the same weights (bit by bit on a
+CPU; on a GPU some sums are taken in any order).
 
 Leaves in --save_dir, {run} being {model}_{kd_mode}:
     best_model_{run}.pth       the weights with the best val mIoU      (test.py reads these)
