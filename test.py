@@ -428,8 +428,9 @@ def visualize(args, students, rows, items, device, output):
         voc_data.overlay_sheet(sheet, path, f"{student.label}: best images (left), worst (right)")
         print(f"overlays in {path}")
     ranked = sorted(ious[0], key=lambda image_id: sum(iou[image_id] for iou in ious))
-    step = max(1, len(ranked) // args.num_vis)
-    chosen = ranked[step // 2 :: step][: args.num_vis]  # from the worst to the best, evenly
+    count = args.num_vis // 2
+    step = max(1, len(ranked) // count)
+    chosen = ranked[step // 2 :: step][:count]  # from the worst to the best, evenly
     by_name = {student.label.replace("_", "\n", 1): student for student in students}
     sheet = [panels_of(by_id[image_id], by_name, device) for image_id in chosen]
     path = output / "overlays_compared.jpg"
