@@ -400,7 +400,7 @@ def draw_training_curves(students, path):
         left.plot([line["epoch"] for line in lines], [line["ce"] for line in lines], label=run)
         right.plot(
             [line["epoch"] for line in validated], [100 * line["val_miou"] for line in validated],
-            label=run,
+            marker=".", label=run,
         )  # fmt: skip
     left.set(xlabel="epoch", ylabel="train cross-entropy")
     right.set(xlabel="epoch", ylabel="val mIoU %")
@@ -431,7 +431,7 @@ def visualize(args, students, rows, items, device, output):
     count = args.num_vis // 2
     step = max(1, len(ranked) // count)
     chosen = ranked[step // 2 :: step][:count]  # from the worst to the best, evenly
-    by_name = {student.label.replace("_", "\n", 1): student for student in students}
+    by_name = {student.label.replace("_", " "): student for student in students}
     sheet = [panels_of(by_id[image_id], by_name, device) for image_id in chosen]
     path = output / "overlays_compared.jpg"
     voc_data.overlay_sheet(sheet, path)
