@@ -207,9 +207,9 @@ def main(args):
     try:
         run_epochs(args, trainer, train_data, val_data, files)
     except (KeyboardInterrupt, SystemExit, RuntimeError):
-        again = "The same command again" if args.resume == "auto" else "It with --resume auto"
+        again = "again" if args.resume == "auto" else "with --resume auto"
         say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are "
-                  f"saved. {again} goes on from there.")  # fmt: skip
+                  f"saved. The same command {again} goes on from there.")  # fmt: skip
         raise
     finally:
         if dist.is_initialized():
