@@ -34,6 +34,11 @@ PATIENCE = 300  # seconds that one life of the process may last
 CLOCKS = {"seconds", "images_per_second", "val_seconds"}  # differ from run to run
 
 
+def hear_ctrl_c():
+    """A shell starts background jobs with SIGINT ignored, and they hand that on; here it counts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """One command of train.py in a folder of its own, and the process that runs it now."""
 
@@ -63,6 +68,7 @@ class Run:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 cwd=self.folder, env={"OMP_NUM_THREADS": "1"} | os.environ,
+                preexec_fn=hear_ctrl_c,
             )  # fmt: skip
         return self
 
