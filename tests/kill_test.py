@@ -282,7 +282,8 @@ def main():
             sys.exit(output)
         run = Run(folder / "killed", data, epochs, args.kd_mode, args.workers, more)
         counts = torture(run, args.kills, args.seed)
-        wrong = compare(run, reference)
+        differing = compare(run, reference)
+    wrong = list(differing)
     if counts["kills"] < args.kills:
         wrong.append(f"the training ended after {counts['kills']} kills: give it more --epochs")
     if 4 * counts["in a write"] < counts["kills"]:
@@ -293,7 +294,7 @@ def main():
     print(f"{'restarts':<24} {counts['restarts']}")
     print(f"{'epochs':<24} {epochs}, kd_mode {args.kd_mode}")
     print(f"{'time':<24} {time.monotonic() - start:.0f} s")
-    print(f"{'result':<24} {'equal, bit by bit' if not wrong else 'NOT EQUAL'}")
+    print(f"{'result':<24} {'NOT EQUAL' if differing else 'equal, bit by bit'}")
     sys.exit("\n".join(wrong) or 0)
 
 
