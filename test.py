@@ -210,7 +210,8 @@ def add_gains(rows):
 def alone_like(row, rows):
     """mIoUs of the `none` rows of the same model and settings, but those of distillation.
 
-    A run that was longer, or had other data or crops, is no measure of what the teacher gave.
+    A run that was longer, or had other labels or crops, is no measure of what the teacher gave;
+    photographs without masks count as the teacher's gift.
     """
     return [
         other["miou"] for other in rows
