@@ -54,22 +54,48 @@ STUDENTS = {
 # ------------------------------------------------------------------------------------- the losses
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits, labels, class_weights=None):
     """CE(y, z): mean cross-entropy over the labelled pixels of the batch.
 
     Args:
         logits: (N, C, H, W), raw.
         labels: (N, H, W) of 0..C-1; VOID and UNLABELLED pixels count for nothing.
+        class_weights: (C,), from `balanced_class_weights`, or None for 1 each.
 
     Returns:
         a scalar; 0 (with a gradient of 0) where no pixel is labelled.
     """
     target = labels.long().masked_fill(labels == UNLABELLED, VOID)
-    total = F.cross_entropy(logits.float(), target, ignore_index=VOID, reduction="sum")
+    total = F.cross_entropy(
+        logits.float(), target, class_weights, ignore_index=VOID, reduction="sum"
+    )
     return total / (target != VOID).sum().clamp(min=1)
 
 
-def response_based_kd_loss(student_logits, teacher_logits, labels, temperature):
+def balanced_class_weights(pixel_counts, power):
+    """Weights for the cross-entropy that lift rare classes: w_c = f_c^-power / sum_k f_k^(1-power).
+
+    f_c is the share of class c in the labelled pixels. Three quarters of VOC are background, and
+    mIoU counts every class alike. At power 0 all weights are 1; at 1 all classes count the same;
+    0.5 is a compromise. The mean weight of a pixel is 1, so that alpha keeps its meaning.
+
+    Args:
+        pixel_counts: (C,), pixels of each class in the training masks. No class is taken for rarer
+            than one pixel in a thousand.
+        power: 0..1.
+
+    Returns:
+        (C,) float32.
+    """
+    share = (pixel_counts / pixel_counts.sum().clamp(min=1)).double().clamp(min=1e-3)
+    share = share / share.sum()
+    weights = share**-power
+    return (weights / (share * weights).sum()).float()
+
+
+def response_based_kd_loss(
+    student_logits, teacher_logits, labels, temperature, class_weights=None
+):
     """T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), Hinton et al. 2015.
 
     Summed over the classes, averaged over the non-void pixels of the batch: not over the batch
@@ -81,6 +107,8 @@ def response_based_kd_loss(student_logits, teacher_logits, labels, temperature):
         student_logits, teacher_logits: (N, C, h, w), raw.
         labels: (N, h, w); VOID pixels are left out, UNLABELLED ones count.
         temperature: T > 0; 1 leaves the distributions as they are.
+        class_weights: (C,), from `balanced_class_weights`, or None: a pixel then counts as much as
+            its classes do in the teacher's eyes, sum_c p_t(c) w_c.
 
     Returns:
         a float32 scalar; 0 where every pixel is void.
@@ -93,6 +121,8 @@ def response_based_kd_loss(student_logits, teacher_logits, labels, temperature):
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    if class_weights is not None:
+        divergence = divergence * torch.einsum("nchw,c->nhw", teacher.exp(), class_weights)
     return temperature**2 * masked_mean(divergence, labels != VOID)
 
 

@@ -64,6 +64,13 @@ def get_args_parser():
     group.add_argument(
         "--no_pretrained", action="store_true", help="start from random, not ImageNet, weights"
     )
+    group.add_argument(
+        "--init", metavar="FILE", help="start from the weights of a checkpoint of the same --model"
+    )
+    group.add_argument(
+        "--freeze", choices=("none", "low", "mid"), default="none", help="keep the backbone as it "
+        "is up to the features of this level, norms too: cheaper steps",
+    )  # fmt: skip
 
     group = parser.add_argument_group("distillation")
     group.add_argument(
@@ -150,6 +157,10 @@ def get_args_parser():
     )
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     group.add_argument(
+        "--class_balance", type=float, default=0.5, metavar="P", help="weigh the pixels of a class "
+        "by its share of them to the power -P, in the cross-entropy and the response loss; 0: alike",
+    )  # fmt: skip
+    group.add_argument(
         "--loss_stride", type=int, default=4, help="the losses look at every n-th pixel in each "
         "direction; 4 is the student's own resolution, 1 takes all pixels and most of the time",
     )  # fmt: skip
@@ -187,6 +198,7 @@ def main(args):
     run_name = f"{args.model}_{args.kd_mode}"
     files = RunFiles(Path(args.save_dir), run_name)
     resumed = from_first(args, lambda: find_resume(args, files))
+    init = read_init(args) if args.init and not resumed else None
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
@@ -194,9 +206,13 @@ def main(args):
         check_same_settings(args, resumed)
     teacher = build_teacher(args)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
+    class_weights = kd_losses.balanced_class_weights(
+        train_data[args.crop_size].dataset.pixel_counts(), args.class_balance
+    )
     # Just before the student is made: one seed gives all modes the same start.
     seed_everything(args.seed, epoch=0, rank=args.rank)
-    trainer = Training(args, teacher, steps_per_epoch=len(train_data[args.crop_size]))
+    steps_per_epoch = len(train_data[args.crop_size])
+    trainer = Training(args, teacher, steps_per_epoch, class_weights, init)
     if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
     describe_run(args, root, train_items, val_items, trainer)
@@ -259,6 +275,7 @@ def check_args(args):
         ),
         ("seed", 0 <= args.seed < 2**31, "in 0..2147483647"),
         ("colour_jitter", 0 <= args.colour_jitter <= 1, "in 0..1"),
+        ("class_balance", 0 <= args.class_balance <= 1, "in 0..1"),
         ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
         ("teacher_size", args.teacher_size >= 33, "at least 33"),
         ("workers", args.workers >= 0, "0 or more"),
@@ -274,6 +291,8 @@ def check_args(args):
     voc_data.check_flags(args, rules)
     if args.beta is None:
         args.beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[args.kd_mode]
+    if args.init and args.no_pretrained:
+        raise UsageError("--init and --no_pretrained name two different starts: choose one")
     if args.extra_images and args.kd_mode == "none":
         raise UsageError("--extra_images has no masks to learn from without a teacher (--kd_mode)")
     args.scale = list(args.scale)
@@ -326,7 +345,9 @@ def settings_of(args):
     hidden = {"rank", "world_size", "torch_device", "data_summary"}
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings["processes"] = args.world_size
-    paths = ("data_root", "extra_images", "teacher", "teacher_weights", "save_dir", "cache_dir")
+    paths = (
+        "data_root", "extra_images", "teacher", "teacher_weights", "init", "save_dir", "cache_dir",
+    )  # fmt: skip
     for name in paths:
         settings[name] = Path(settings[name]).name if settings[name] else None
     if args.kd_mode == "none":
@@ -503,7 +524,7 @@ class StudentAndAdapters(nn.Module):
         return logits, {level: adapt(features[level]) for level, adapt in self.adapters.items()}
 
 
-def compute_losses(args, logits, features, labels, taught):
+def compute_losses(args, logits, features, labels, taught, class_weights=None):
     """The criterion of the mode: {"loss", "ce", "kd"}, float32 scalars.
 
     Args:
@@ -511,16 +532,17 @@ def compute_losses(args, logits, features, labels, taught):
         features: {level: (N, C_l, h_l, w_l)}, adapted, in feature mode.
         labels: (N, H, W), at full resolution.
         taught: what the teacher says, by key: "out" in response mode, levels in feature mode.
+        class_weights: (C,), for the cross-entropy and the response loss.
     """
     size = logits.shape[-2:]
     sampled = kd_losses.labels_at(labels, size)
-    losses = {"ce": kd_losses.cross_entropy(logits, sampled)}
+    losses = {"ce": kd_losses.cross_entropy(logits, sampled, class_weights)}
     if args.kd_mode == "response":
         teacher_logits = taught["out"].float()
         if teacher_logits.shape[-2:] != size:
             teacher_logits = interpolate(teacher_logits, size=size, mode="bilinear")
         losses["kd"] = kd_losses.response_based_kd_loss(
-            logits, teacher_logits, sampled, args.temperature
+            logits, teacher_logits, sampled, args.temperature, class_weights
         )
     elif args.kd_mode == "feature":
         losses["kd"] = kd_losses.feature_based_kd_loss(features, taught, labels)
@@ -533,11 +555,12 @@ def compute_losses(args, logits, features, labels, taught):
 class Training:
     """The state of a run, and what an epoch does to it."""
 
-    def __init__(self, args, teacher, steps_per_epoch):
+    def __init__(self, args, teacher, steps_per_epoch, class_weights=None, init=None):
         self.args, self.teacher, self.steps_per_epoch = args, teacher, steps_per_epoch
         self.device = args.torch_device
+        self.class_weights = None if class_weights is None else class_weights.to(self.device)
         on_cuda = self.device.type == "cuda"
-        self.student = kd_losses.STUDENTS[args.model](pretrained=not args.no_pretrained)
+        self.student = build_student(args, init)
         self.parameters = sum(p.numel() for p in self.student.parameters())
         levels = args.kd_levels if args.kd_mode == "feature" else []
         self.adapters = kd_losses.make_adapters(
@@ -576,6 +599,8 @@ class Training:
         seed_everything(args.seed, self.epoch, args.rank)
         loader.sampler.set_epoch(self.epoch)
         self.module.train()
+        for part in frozen_parts(self.student, args.freeze):
+            part.eval()  # BatchNorm keeps its statistics
         torch.backends.cudnn.benchmark = True  # all crops have one size
         totals = torch.zeros(3, device=self.device)
         recent = deque(maxlen=CHECK_EVERY)  # (loss, indices of the batch), for a message
@@ -612,7 +637,7 @@ class Training:
         with self.autocast():
             taught = self.ask_teacher(images, batch)
             logits, features = self.module(images, self.loss_size(images))
-        losses = compute_losses(self.args, logits, features, labels, taught)
+        losses = compute_losses(self.args, logits, features, labels, taught, self.class_weights)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
@@ -729,6 +754,36 @@ class Training:
             setattr(self, name, state[name])
 
 
+def read_init(args):
+    """The weights of `--init`, if they may be used."""
+    given, checkpoint = kd_losses.load_student(args.init)
+    if checkpoint["model"] != args.model:
+        raise UsageError(f"--init {args.init} holds {checkpoint['model']}, not {args.model}")
+    saw_val = checkpoint.get("settings", {}).get("allow_val_in_train")
+    if saw_val and not args.allow_val_in_train:
+        raise UsageError(
+            f"--init {args.init} was trained with --allow_val_in_train: the report would be on "
+            "images that were trained on. Ask for it with the same flag"
+        )
+    return given.state_dict()
+
+
+def build_student(args, init):
+    """The student at the start of a run: ImageNet, random or given weights; some parts frozen."""
+    student = kd_losses.STUDENTS[args.model](pretrained=not (args.no_pretrained or args.init))
+    if init:
+        student.load_state_dict(init)
+    for part in frozen_parts(student, args.freeze):
+        part.requires_grad_(False)
+    return student
+
+
+def frozen_parts(student, freeze):
+    """The parts of the backbone that `--freeze` keeps as they are."""
+    parts = [student.backbone.to_low, student.backbone.to_mid]
+    return parts[: {"none": 0, "low": 1, "mid": 2}[freeze]]
+
+
 def build_optimizer(args, student, adapters):
     """AdamW or SGD over four groups: backbone at a lower rate, norms and biases without decay."""
     named = [*student.named_parameters(), *adapters.named_parameters()]
@@ -738,7 +793,8 @@ def build_optimizer(args, student, adapters):
         for is_weight in (True, False):
             chosen = [
                 parameter for name, parameter in named
-                if name.startswith("backbone.") == in_backbone and (parameter.ndim > 1) == is_weight
+                if name.startswith("backbone.") == in_backbone
+                and (parameter.ndim > 1) == is_weight and parameter.requires_grad
             ]  # fmt: skip
             decay = args.weight_decay if is_weight else 0.0
             groups.append({"params": chosen, "lr": args.lr * factor, "weight_decay": decay})

@@ -882,6 +882,15 @@ class VOCDataset(Dataset):
     def __len__(self):
         return len(self.items)
 
+    def pixel_counts(self):
+        """Pixels of each class in the masks, `(NUM_CLASSES,)` int64; every 4th row is counted."""
+        counts = np.zeros(256, dtype=np.int64)
+        for index, item in enumerate(self.items):
+            if item.mask is not None:
+                mask = self.pixels[1][index] if self.pixels else read_mask(item.mask)
+                counts += np.bincount(mask[::4].ravel(), minlength=256)
+        return torch.from_numpy(counts[:NUM_CLASSES])
+
     def __getitem__(self, key):
         index, seed = key if isinstance(key, tuple) else (key, None)
         if self.pixels:

@@ -408,7 +408,8 @@ BAD_FLAGS = [
     "--seed -99999999999999999999", "--device cuda:99", "--device gpu", "--device meta",
     "--amp float16", "--model huge", "--kd_mode both", "--optimizer adam", "--schedule step",
     "--kd_levels top", "--train_split val", "--extra_images voc", "--save_dir", "--no_such_flag",
-    "--kd_mode response --teacher resnet9000",
+    "--kd_mode response --teacher resnet9000", "--class_balance 2", "--class_balance -1",
+    "--freeze high", "--init any.pth",
 ]  # fmt: skip
 
 

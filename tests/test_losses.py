@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_losses import cross_entropy, feature_based_kd_loss, response_based_kd_loss
+from kd_losses import (
+    balanced_class_weights, cross_entropy, feature_based_kd_loss, response_based_kd_loss,
+)  # fmt: skip
 from voc_data import UNLABELLED, VOID, UsageError
 
 CLASSES = 21
@@ -17,26 +19,28 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
-def numpy_ce(logits, labels):
-    """Mean of -log p[y] over the labelled pixels, pixel by pixel."""
+def numpy_ce(logits, labels, weights=np.ones(CLASSES)):
+    """Mean of -w[y] log p[y] over the labelled pixels, pixel by pixel."""
     log_p = log_softmax(logits.double().numpy())
     terms = [
-        -log_p[n, labels[n, y, x], y, x]
+        -weights[labels[n, y, x]] * log_p[n, labels[n, y, x], y, x]
         for n, y, x in np.ndindex(*labels.shape)
         if labels[n, y, x] < CLASSES
     ]
     return sum(terms) / len(terms)
 
 
-def numpy_kl(student, teacher, labels, temperature):
-    """T^2 * mean over the non-void pixels of sum over classes of p_t (log p_t - log p_s)."""
+def numpy_kl(student, teacher, labels, temperature, weights=np.ones(CLASSES)):
+    """T^2 * mean over the non-void pixels of sum over classes of p_t (log p_t - log p_s), times the
+    weight that the teacher expects the pixel to have."""
     log_s = log_softmax(student.double().numpy() / temperature)
     log_t = log_softmax(teacher.double().numpy() / temperature)
     terms = []
     for n, y, x in np.ndindex(*labels.shape):
         if labels[n, y, x] != VOID:
             s, t = log_s[n, :, y, x], log_t[n, :, y, x]
-            terms.append(sum(math.exp(b) * (b - a) for a, b in zip(s, t)))
+            weight = np.exp(t) @ weights
+            terms.append(weight * sum(math.exp(b) * (b - a) for a, b in zip(s, t)))
     return temperature**2 * sum(terms) / len(terms)
 
 
@@ -120,6 +124,30 @@ def test_cross_entropy_does_not_look_at_void_and_unlabelled_pixels(batch, ignore
     changed = logits.clone()
     changed[0, :, :2] = 50 * torch.randn(CLASSES, 2, 9)
     assert cross_entropy(changed, labels) == cross_entropy(logits, labels)
+
+
+def test_class_weights_lift_rare_classes_and_keep_the_mean_at_one():
+    counts = torch.tensor([7300, 1500, 900, 300])
+    share = (counts / counts.sum()).double().numpy()
+    for power in (0, 0.5, 1):
+        weights = balanced_class_weights(counts, power).double().numpy()
+        np.testing.assert_allclose(weights, share**-power / (share ** (1 - power)).sum(), rtol=1e-6)
+        assert share @ weights == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(990, 10, 0), (0, 0, 0), (2**40, 1, 1)])
+def test_class_weights_stay_finite_for_classes_that_are_absent(counts):
+    weights = balanced_class_weights(torch.tensor(counts), 0.5)
+    assert weights.isfinite().all() and (weights > 0).all() and weights.max() < 40
+
+
+def test_class_weights_weigh_pixels_in_cross_entropy_and_response_loss(batch):
+    student, teacher, labels = batch
+    weights = torch.linspace(0.2, 3, CLASSES)
+    expected = numpy_ce(student, labels.numpy(), weights.double().numpy())
+    assert close(cross_entropy(student, labels, weights), expected)
+    loss = response_based_kd_loss(student, teacher, labels, 2.0, weights)
+    assert close(loss, numpy_kl(student, teacher, labels.numpy(), 2.0, weights.double().numpy()))
 
 
 def test_cross_entropy_takes_labels_in_bytes(batch):

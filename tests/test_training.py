@@ -286,6 +286,56 @@ def test_step_trains_student_and_adapters_and_never_the_teacher(
     assert equal(network.state_dict(), before)
 
 
+@pytest.mark.parametrize("freeze, frozen", [("low", ("low",)), ("mid", ("low", "mid"))])
+def test_frozen_parts_stay_as_they_are_with_their_norms_and_all_else_learns(
+    freeze, frozen, tiny_voc, tmp_path
+):
+    more = ["--freeze", freeze]
+    trainer, loader = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)
+    before = {key: value.clone() for key, value in trainer.student.state_dict().items()}
+    trainer.train_one_epoch(loader)
+    after = trainer.student.state_dict()
+    kept = {key for key in before if torch.equal(before[key], after[key])}
+    assert kept == {key for key in before if key.startswith(tuple(f"backbone.to_{f}" for f in frozen))}
+    held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert held == sum(parameter.requires_grad for parameter in trainer.student.parameters())
+
+
+def test_init_starts_from_the_weights_of_a_checkpoint(runs, tiny_voc, tmp_path, monkeypatch):
+    given = weights(runs, "none")
+    file = runs / "best_model_ultracompact_none.pth"
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--init", file, "--epochs", 1)
+    args.no_pretrained = False
+    seen = []
+    monkeypatch.setattr(train, "run_epochs", lambda _, trainer, *rest: seen.append(trainer))
+    train.main(args)
+    assert equal(seen[0].student.state_dict(), given)
+    assert equal(seen[0].averaged.state_dict(), given)
+    assert train.settings_of(args)["init"] == file.name
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [({"model": "standard"}, "does not fit"), ({"settings": {"allow_val_in_train": True}}, "allow")],
+)
+def test_init_from_what_may_not_be_used_is_refused(changed, words, runs, tiny_voc, tmp_path):
+    content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
+    torch.save(content | changed, tmp_path / "init.pth")
+    more = ["--init", tmp_path / "init.pth"]
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)
+    args.no_pretrained = False
+    with pytest.raises((UsageError, DataError), match=words):
+        train.main(args)
+    assert not (tmp_path / "s").exists()
+
+
+def test_init_from_another_model_is_refused(teacher_file, tiny_voc, tmp_path):
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--init", teacher_file)
+    args.no_pretrained = False
+    with pytest.raises(UsageError, match="holds standard, not ultracompact"):
+        train.main(args)
+
+
 def test_average_of_the_weights_is_what_ema_says(tiny_voc, tmp_path):
     more = ["--ema", 0.3, "--epochs", 20]
     trainer, loader = begin(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *more)

@@ -1,11 +1,12 @@
 """A whole training epoch: ours against a loop in the way of torchvision's reference script.
 
     python tests/benchmarks/training_epoch.py --data_root DIR --split train
+    python tests/benchmarks/training_epoch.py --data_root DIR --split train --teacher FILE
 
 The same network, images, crop size, batch size and workers. The reference decodes every JPEG in
 every epoch, augments whole images one by one, takes the loss at full resolution and reads it at
-every step, as references/segmentation/train.py does. Epochs run in turn; the first of each (which
-fills the caches) is not counted.
+every step, as references/segmentation/train.py does. With --teacher, what each way to listen to it
+costs over mode none. Epochs run in turn; the first of each (which fills the caches) is not counted.
 """
 
 import argparse
@@ -27,17 +28,18 @@ import voc_data  # noqa: E402
 from data_path import ReferencePipeline  # noqa: E402
 
 
-def our_epoch(args, items, cache_dir):
-    """A function that trains one epoch with the project's own loop."""
+def our_epoch(args, items, cache_dir, *more):
+    """A function that trains one epoch with the project's own loop, under `more` flags."""
     flags = ["--no_pretrained", "--model", args.model, "--crop_size", str(args.crop_size),
              "--batch_size", str(args.batch_size), "--workers", str(args.workers),
-             "--cache_dir", cache_dir]  # fmt: skip
+             "--cache_dir", cache_dir, *more]  # fmt: skip
     ours = train.get_args_parser().parse_args(flags)
     train.check_args(ours)
     train.setup_processes(ours)
-    loaders, _ = train.build_loaders(ours, items, items[:1], teacher=None)
+    teacher = train.build_teacher(ours)
+    loaders, _ = train.build_loaders(ours, items, items[:1], teacher)
     loader = loaders[ours.crop_size]
-    training = train.Training(ours, None, len(loader))
+    training = train.Training(ours, teacher, len(loader))
     return lambda: training.train_one_epoch(loader)
 
 
@@ -63,6 +65,22 @@ def reference_epoch(args, items):
     return one_epoch
 
 
+def loops_to_compare(args, items, cache_dir):
+    """{name: function that trains one epoch}; the first is what the others are compared with."""
+    if not args.teacher:
+        return {
+            "torchvision reference": reference_epoch(args, items),
+            "ours": our_epoch(args, items, cache_dir),
+        }
+    loops = {"none": our_epoch(args, items, cache_dir)}
+    for mode in ("response", "feature"):
+        for cache in ("auto", "none"):
+            flags = ["--kd_mode", mode, "--teacher", args.teacher, "--teacher_cache", cache]
+            name = f"{mode}, {'cached' if cache == 'auto' else 'live'} teacher"
+            loops[name] = our_epoch(args, items, cache_dir, *flags)
+    return loops
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="sample")
@@ -73,30 +91,29 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="use so many images only")
+    parser.add_argument("--teacher", help="compare the modes with this teacher instead")
     args = parser.parse_args()
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
-    seconds = {"torchvision reference": [], "ours": []}
     with tempfile.TemporaryDirectory() as cache_dir:
-        loops = {
-            "torchvision reference": reference_epoch(args, items),
-            "ours": our_epoch(args, items, cache_dir),
-        }
+        loops = loops_to_compare(args, items, cache_dir)
+        seconds = {name: [] for name in loops}
         for epoch in range(args.epochs + 1):
             for name, loop in loops.items():
                 start = time.perf_counter()
                 loop()
                 if epoch:
                     seconds[name].append(time.perf_counter() - start)
-    base = statistics.median(seconds["torchvision reference"])
+    base = statistics.median(next(iter(seconds.values())))
     rows = [
         (name, f"{statistics.median(v):.1f}", f"{min(v):.1f}-{max(v):.1f}",
-         f"{base / statistics.median(v):.2f}")
+         f"{base / statistics.median(v):.2f}", f"{statistics.median(v) / base:.2f}")
         for name, v in seconds.items()
     ]  # fmt: skip
     print(f"{args.model}, {len(items)} images, crop {args.crop_size}, batch {args.batch_size}, "
           f"{voc_data.device_name(voc_data.choose_device())}, {os.cpu_count()} cores, "
           f"torch {torch.__version__}")  # fmt: skip
-    print(tabulate(rows, headers=("loop", "s an epoch", "range", "times faster")))
+    headers = ("loop", "s an epoch", "range", "times faster", "times the cost")
+    print(tabulate(rows, headers=headers))
 
 
 if __name__ == "__main__":
