@@ -834,16 +834,24 @@ def normalise(images, colour=None):
         (N, 3, H, W) float32, normalised with ImageNet's mean and standard deviation.
     """
     mean, std, grey, identity = colour_constants(images.device)
-    pixels = images.flatten(2).float()  # (N, 3, H*W)
     if colour is None:
-        return ((pixels - mean) / std).view(images.shape)
+        return ((images.flatten(2) - mean) / std).view(images.shape)
     colour = colour.to(images.device, non_blocking=True).view(-1, 3, 1, 1)
     brightness, contrast, saturation = colour.unbind(1)  # (N, 1, 1)
     saturate = saturation * identity + (1 - saturation) * grey.expand(3, 3)
-    mean_grey = (grey @ pixels.mean(dim=2).T).view(-1, 1, 1)
-    offset = saturate @ ((1 - contrast) * brightness * mean_grey).expand(-1, 3, 1)
-    out = torch.baddbmm((offset - mean) / std, saturate * contrast * brightness / std, pixels)
-    return out.clamp_(-mean / std, (255 - mean) / std).view(images.shape)
+    matrix = saturate * contrast * brightness / std
+    towards_grey = saturate.sum(dim=2, keepdim=True) * (1 - contrast) * brightness / std
+    out = torch.empty(images.shape, device=images.device)
+    # One by one on a CPU: its cache holds an image, but no batch. All at once elsewhere.
+    step = 1 if images.device.type == "cpu" else len(images)
+    for part in (slice(start, start + step) for start in range(0, len(images), step)):
+        pixels = images[part].flatten(2).float()  # (step, 3, H*W)
+        mean_grey = (grey @ pixels.mean(dim=2).T).view(-1, 1, 1)
+        offset = towards_grey[part] * mean_grey - mean / std
+        torch.baddbmm(offset, matrix[part], pixels, out=out[part].flatten(2))
+        for channel, (m, s) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
+            out[part, channel].clamp_(-m / s, (1 - m) / s)  # to black and white
+    return out
 
 
 @functools.cache

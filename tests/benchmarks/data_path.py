@@ -4,11 +4,13 @@
 
 Every pipeline reads the same files and ends in normalised float batches of the same size. The first
 pass over the data (which fills caches) is not timed; the passes are taken in turn, A B C A B C, and
-the table gives the median of each and the ratio to the reference.
+the table gives the median of each and the ratio to the reference. `--copies N` reads the list N
+times over, each copy with pixels of its own in the cache, to stand for a larger data set.
 """
 
 import argparse
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,19 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import voc_data  # noqa: E402
+
+
+def publish(what, rows, headers, output=None):
+    """Print a table with what was measured on which machine; write it to `output` as Markdown."""
+    threads = torch.get_num_threads()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    text = f"{table}\n\n{what}; {machine}, torch {torch.__version__}.\n"
+    print(text, end="")
+    if output:
+        voc_data.write_whole(text.encode(), output)
 
 
 class ReferencePipeline(Dataset):
@@ -95,11 +110,15 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--limit", type=int, help="use so many images only")
+    parser.add_argument("--copies", type=int, default=1, help="read the list so many times over")
+    parser.add_argument("--output", help="write the table to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
+    items = items * args.copies
     with tempfile.TemporaryDirectory() as cache_dir:
         pixels = voc_data.pixel_cache(items, cache_dir, args.workers)
+        os.sync()  # the disk is done with it before the clock starts
         pipelines = {
             "torchvision reference": reference_batches(items, args),
             "ours, decoding": our_batches(items, args, None),
@@ -118,9 +137,11 @@ def main():
          f"{statistics.median(v) / base:.1f}")
         for name, v in speeds.items()
     ]  # fmt: skip
-    print(f"{len(items)} images, crop {args.crop_size}, batch {args.batch_size}, {args.workers} "
-          f"workers, {os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
-    print(tabulate(rows, headers=("pipeline", "img/s", "range", "ratio")))
+    what = (
+        f"From disk to normalised batches of {args.batch_size} crops of {args.crop_size} px: "
+        f"{len(items):,} images, {args.workers} workers, median of {args.passes} passes in turn"
+    )
+    publish(what, rows, ("pipeline", "img/s", "range", "times the reference"), args.output)
 
 
 if __name__ == "__main__":

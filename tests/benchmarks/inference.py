@@ -7,18 +7,17 @@ gives the median time of a batch, images a second, and the ratio to LR-ASPP.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torchvision import models
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import voc_data  # noqa: E402
+from data_path import publish  # noqa: E402
 from kd_losses import STUDENTS  # noqa: E402
 
 REFERENCE = "lraspp_mobilenet_v3_large"
@@ -45,7 +44,9 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=25, help="at most, for each size and batch")
+    parser.add_argument("--seconds", type=float, default=30, help="after so many, 3 rounds will do")
+    parser.add_argument("--output", help="write the table to this file")
     parser.add_argument("--skip", nargs="*", default=[], help="networks to leave out")
     args = parser.parse_args()
     device = voc_data.choose_device(args.device)
@@ -53,20 +54,25 @@ def main():
     rows = []
     for size in args.sizes:
         for batch in args.batches:
-            rows += compare(tested, size, batch, args.rounds, device)
-    print(f"{voc_data.device_name(device)}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"median of {args.rounds} rounds")  # fmt: skip
+            rows += compare(tested, size, batch, args, device)
     headers = ("network", "px", "batch", "ms", "range", "img/s", f"times {REFERENCE}")
-    print(tabulate(rows, headers=headers, tablefmt="github"))
+    what = (
+        f"Forward passes on {device.type}, random weights, medians of up to {args.rounds} rounds in "
+        "turn (fewer, but three, for large batches)"
+    )
+    publish(what, rows, headers, args.output)
 
 
 @torch.inference_mode()
-def compare(tested, size, batch, rounds, device):
+def compare(tested, size, batch, args, device):
     """Rows of the table for one size and batch."""
     image = torch.randn(batch, 3, size, size, device=device)
     image = image.contiguous(memory_format=torch.channels_last)
     times = {name: [] for name in tested}
-    for turn in range(rounds + 1):
+    begin = time.perf_counter()
+    for turn in range(args.rounds + 1):
+        if turn > 3 and time.perf_counter() - begin > args.seconds:
+            break
         for name, network in tested.items():
             voc_data.synchronise(device)
             start = time.perf_counter()

@@ -10,7 +10,6 @@ costs over mode none. Epochs run in turn; the first of each (which fills the cac
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -18,14 +17,13 @@ import time
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import kd_losses  # noqa: E402
 import train  # noqa: E402
 import voc_data  # noqa: E402
-from data_path import ReferencePipeline  # noqa: E402
+from data_path import ReferencePipeline, publish  # noqa: E402
 
 
 def our_epoch(args, items, cache_dir, *more):
@@ -71,6 +69,7 @@ def loops_to_compare(args, items, cache_dir):
         return {
             "torchvision reference": reference_epoch(args, items),
             "ours": our_epoch(args, items, cache_dir),
+            "ours, --freeze mid": our_epoch(args, items, cache_dir, "--freeze", "mid"),
         }
     loops = {"none": our_epoch(args, items, cache_dir)}
     for mode in ("response", "feature"):
@@ -92,6 +91,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="use so many images only")
     parser.add_argument("--teacher", help="compare the modes with this teacher instead")
+    parser.add_argument("--output", help="write the table to this file")
     args = parser.parse_args()
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -109,11 +109,12 @@ def main():
          f"{base / statistics.median(v):.2f}", f"{statistics.median(v) / base:.2f}")
         for name, v in seconds.items()
     ]  # fmt: skip
-    print(f"{args.model}, {len(items)} images, crop {args.crop_size}, batch {args.batch_size}, "
-          f"{voc_data.device_name(voc_data.choose_device())}, {os.cpu_count()} cores, "
-          f"torch {torch.__version__}")  # fmt: skip
+    what = (
+        f"One epoch of {args.model}: {len(items):,} images, crops of {args.crop_size} px, batches "
+        f"of {args.batch_size}, {args.workers} workers, median of {args.epochs} epochs in turn"
+    )
     headers = ("loop", "s an epoch", "range", "times faster", "times the cost")
-    print(tabulate(rows, headers=headers))
+    publish(what, rows, headers, args.output)
 
 
 if __name__ == "__main__":
