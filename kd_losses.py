@@ -20,6 +20,10 @@ feature   The student's intermediate features are pulled towards the teacher's. 
 
           Romero et al. 2015, FitNets: Hints for Thin Deep Nets, https://arxiv.org/abs/1412.6550
 
+Three quarters of VOC's pixels are background, and mIoU counts every class alike. So the pixels of
+rare classes weigh more, in the cross-entropy by their label and in the response loss by what the
+teacher expects them to be (`balanced_class_weights`).
+
 The adapters A_l are trained with the student and thrown away after it: they are neither counted nor
 saved with the weights. The teacher never trains: it stays in eval mode, under no_grad, and is never
 saved.

@@ -103,7 +103,7 @@ def reference_batches(items, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_root", default="sample")
+    parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
     parser.add_argument("--crop_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)

@@ -50,7 +50,7 @@ def measure(args, factor, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_root", default="sample")
+    parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
     parser.add_argument("--images", type=int, default=100, help="images at 1x")
     parser.add_argument("--workers", type=int, default=2)

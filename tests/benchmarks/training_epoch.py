@@ -82,7 +82,7 @@ def loops_to_compare(args, items, cache_dir):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_root", default="sample")
+    parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
     parser.add_argument("--model", default="ultracompact")
     parser.add_argument("--crop_size", type=int, default=256)
