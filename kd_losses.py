@@ -59,7 +59,7 @@ STUDENTS = {
 
 
 def cross_entropy(logits, labels, class_weights=None):
-    """CE(y, z): mean cross-entropy over the labelled pixels of the batch.
+    """CE(y, z): cross-entropy, times the weight of the label, averaged over the labelled pixels.
 
     Args:
         logits: (N, C, H, W), raw.
@@ -67,7 +67,8 @@ def cross_entropy(logits, labels, class_weights=None):
         class_weights: (C,), from `balanced_class_weights`, or None for 1 each.
 
     Returns:
-        a scalar; 0 (with a gradient of 0) where no pixel is labelled.
+        a scalar, divided by the number of pixels and not by their weights, which are 1 on average;
+        0 (with a gradient of 0) where no pixel is labelled.
     """
     target = labels.long().masked_fill(labels == UNLABELLED, VOID)
     total = F.cross_entropy(
@@ -81,20 +82,20 @@ def balanced_class_weights(pixel_counts, power):
 
     f_c is the share of class c in the labelled pixels. Three quarters of VOC are background, and
     mIoU counts every class alike. At power 0 all weights are 1; at 1 all classes count the same;
-    0.5 is a compromise. The mean weight of a pixel is 1, so that alpha keeps its meaning.
+    0.5 is a compromise. The mean weight of a labelled pixel is 1, so that alpha keeps its meaning.
 
     Args:
-        pixel_counts: (C,), pixels of each class in the training masks. No class is taken for rarer
-            than one pixel in a thousand.
+        pixel_counts: (C,), pixels of each class in the training masks. A class with less than one
+            pixel in a thousand weighs as if it had that.
         power: 0..1.
 
     Returns:
         (C,) float32.
     """
-    share = (pixel_counts / pixel_counts.sum().clamp(min=1)).double().clamp(min=1e-3)
-    share = share / share.sum()
-    weights = share**-power
-    return (weights / (share * weights).sum()).float()
+    share = pixel_counts.double() / pixel_counts.sum().clamp(min=1)
+    weights = share.clamp(min=1e-3) ** -power
+    mean = (share * weights).sum() if share.any() else weights.mean()
+    return (weights / mean).float()
 
 
 def response_based_kd_loss(
@@ -111,8 +112,8 @@ def response_based_kd_loss(
         student_logits, teacher_logits: (N, C, h, w), raw.
         labels: (N, h, w); VOID pixels are left out, UNLABELLED ones count.
         temperature: T > 0; 1 leaves the distributions as they are.
-        class_weights: (C,), from `balanced_class_weights`, or None: a pixel then counts as much as
-            its classes do in the teacher's eyes, sum_c p_t(c) w_c.
+        class_weights: (C,), from `balanced_class_weights`, or None for 1 each. A pixel weighs what
+            the teacher expects, sum_c softmax(z_t)_c w_c, the same at every temperature.
 
     Returns:
         a float32 scalar; 0 where every pixel is void.
@@ -126,7 +127,8 @@ def response_based_kd_loss(
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
     if class_weights is not None:
-        divergence = divergence * torch.einsum("nchw,c->nhw", teacher.exp(), class_weights)
+        expected = F.softmax(teacher_logits.float(), dim=1)
+        divergence = divergence * torch.einsum("nchw,c->nhw", expected, class_weights)
     return temperature**2 * masked_mean(divergence, labels != VOID)
 
 

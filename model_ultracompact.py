@@ -126,8 +126,8 @@ class UltraCompactSegmentationModel(nn.Module):
         self.aspp = ASPP(HIGH_CHANNELS, ASPP_CHANNELS, ASPP_RATES)
         self.fuse_mid = SkipFusion(ASPP_CHANNELS, MID_CHANNELS, ASPP_CHANNELS)
         self.fuse_low = SkipFusion(ASPP_CHANNELS, LOW_CHANNELS, DECODER_CHANNELS)
-        # Whole channels are dropped: neighbouring pixels are so alike that dropping single ones takes
-        # little away (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
+        # Whole channels are dropped: neighbouring pixels are so alike that dropping single ones
+        # takes little away (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
         self.classifier = nn.Sequential(
             nn.Dropout2d(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
         )

@@ -403,7 +403,7 @@ def draw_training_curves(students, path):
             [line["epoch"] for line in validated], [100 * line["val_miou"] for line in validated],
             marker=".", label=run,
         )  # fmt: skip
-    left.set(xlabel="epoch", ylabel="train cross-entropy")
+    left.set(xlabel="epoch", ylabel="train cross-entropy, with its class weights")
     right.set(xlabel="epoch", ylabel="val mIoU %")
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -49,6 +49,7 @@ FREE_ON_RESUME = {
     "resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir", "pixel_cache",
     "epochs", "patience", "checkpoint_interval",
 }  # fmt: skip
+FROZEN_LEVELS = {"none": (), "low": ("low",), "mid": ("low", "mid")}  # of --freeze
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wait for the device
 
 
@@ -157,8 +158,8 @@ def get_args_parser():
     )
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     group.add_argument(
-        "--class_balance", type=float, default=0.5, metavar="P", help="weigh the pixels of a class "
-        "by its share of them to the power -P, in the cross-entropy and the response loss; 0: alike",
+        "--class_balance", type=float, default=0.5, metavar="P", help="weigh a pixel by the share "
+        "of its class to the power -P, in the cross-entropy and the response loss; 0: all alike",
     )  # fmt: skip
     group.add_argument(
         "--loss_stride", type=int, default=4, help="the losses look at every n-th pixel in each "
@@ -198,7 +199,9 @@ def main(args):
     run_name = f"{args.model}_{args.kd_mode}"
     files = RunFiles(Path(args.save_dir), run_name)
     resumed = from_first(args, lambda: find_resume(args, files))
-    init = read_init(args) if args.init and not resumed else None
+    init = None
+    if args.init:
+        init, args.init_digest = from_first(args, lambda: read_init(args, files, resumed))
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
@@ -206,9 +209,7 @@ def main(args):
         check_same_settings(args, resumed)
     teacher = build_teacher(args)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
-    class_weights = kd_losses.balanced_class_weights(
-        train_data[args.crop_size].dataset.pixel_counts(), args.class_balance
-    )
+    class_weights = from_first(args, lambda: find_class_weights(args, train_data))
     # Just before the student is made: one seed gives all modes the same start.
     seed_everything(args.seed, epoch=0, rank=args.rank)
     steps_per_epoch = len(train_data[args.crop_size])
@@ -291,6 +292,12 @@ def check_args(args):
     voc_data.check_flags(args, rules)
     if args.beta is None:
         args.beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[args.kd_mode]
+    frozen = [level for level in args.kd_levels if level in FROZEN_LEVELS[args.freeze]]
+    if args.kd_mode == "feature" and frozen:
+        raise UsageError(
+            f"--kd_levels {' '.join(frozen)} cannot learn under --freeze {args.freeze}: match "
+            "other levels or freeze less"
+        )
     if args.init and args.no_pretrained:
         raise UsageError("--init and --no_pretrained name two different starts: choose one")
     if args.extra_images and args.kd_mode == "none":
@@ -505,6 +512,14 @@ def build_loaders(args, train_items, val_items, teacher):
     return train_loaders, voc_data.eval_loader(val_set, **shard)
 
 
+def find_class_weights(args, train_loaders):
+    """The weights of the classes in the losses, (C,); None where all weigh alike."""
+    if args.class_balance == 0:
+        return None
+    counts = train_loaders[args.crop_size].dataset.pixel_counts()
+    return kd_losses.balanced_class_weights(counts, args.class_balance)
+
+
 # ------------------------------------------------------------------------------------ training
 
 
@@ -524,7 +539,7 @@ class StudentAndAdapters(nn.Module):
         return logits, {level: adapt(features[level]) for level, adapt in self.adapters.items()}
 
 
-def compute_losses(args, logits, features, labels, taught, class_weights=None):
+def compute_losses(args, logits, features, labels, taught, class_weights):
     """The criterion of the mode: {"loss", "ce", "kd"}, float32 scalars.
 
     Args:
@@ -532,7 +547,7 @@ def compute_losses(args, logits, features, labels, taught, class_weights=None):
         features: {level: (N, C_l, h_l, w_l)}, adapted, in feature mode.
         labels: (N, H, W), at full resolution.
         taught: what the teacher says, by key: "out" in response mode, levels in feature mode.
-        class_weights: (C,), for the cross-entropy and the response loss.
+        class_weights: (C,), for the cross-entropy and the response loss; None for 1 each.
     """
     size = logits.shape[-2:]
     sampled = kd_losses.labels_at(labels, size)
@@ -555,7 +570,7 @@ def compute_losses(args, logits, features, labels, taught, class_weights=None):
 class Training:
     """The state of a run, and what an epoch does to it."""
 
-    def __init__(self, args, teacher, steps_per_epoch, class_weights=None, init=None):
+    def __init__(self, args, teacher, steps_per_epoch, class_weights, init=None):
         self.args, self.teacher, self.steps_per_epoch = args, teacher, steps_per_epoch
         self.device = args.torch_device
         self.class_weights = None if class_weights is None else class_weights.to(self.device)
@@ -754,18 +769,29 @@ class Training:
             setattr(self, name, state[name])
 
 
-def read_init(args):
-    """The weights of `--init`, if they may be used."""
-    given, checkpoint = kd_losses.load_student(args.init)
+def read_init(args, files, resumed):
+    """The weights of `--init`, if they may be used, and a short key of the file.
+
+    A run that continues has weights of its own, and does not need the file any more.
+    """
+    if resumed and resumed["epoch"]:
+        return None, resumed["settings"].get("init_digest")
+    path = Path(args.init)
+    given, checkpoint = kd_losses.load_student(path)
+    settings = checkpoint.get("settings", {})
+    if checkpoint.get("num_classes") != voc_data.NUM_CLASSES or not isinstance(settings, dict):
+        raise DataError(f"--init {path} is not a student for the classes of VOC")
     if checkpoint["model"] != args.model:
-        raise UsageError(f"--init {args.init} holds {checkpoint['model']}, not {args.model}")
-    saw_val = checkpoint.get("settings", {}).get("allow_val_in_train")
-    if saw_val and not args.allow_val_in_train:
+        raise UsageError(f"--init {path} holds {checkpoint['model']}, not {args.model}")
+    if path.resolve() == files.best.resolve():
+        raise UsageError(f"--init {path} would be overwritten by this run: name another --save_dir")
+    other_val = settings.get("val_split", args.val_split) != args.val_split
+    if (other_val or settings.get("allow_val_in_train")) and not args.allow_val_in_train:
         raise UsageError(
-            f"--init {args.init} was trained with --allow_val_in_train: the report would be on "
-            "images that were trained on. Ask for it with the same flag"
+            f"--init {path} was trained with --allow_val_in_train, or validated on another list: "
+            "it may know the images of this report. Allow that with --allow_val_in_train"
         )
-    return given.state_dict()
+    return given.state_dict(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def build_student(args, init):
@@ -780,8 +806,7 @@ def build_student(args, init):
 
 def frozen_parts(student, freeze):
     """The parts of the backbone that `--freeze` keeps as they are."""
-    parts = [student.backbone.to_low, student.backbone.to_mid]
-    return parts[: {"none": 0, "low": 1, "mid": 2}[freeze]]
+    return [getattr(student.backbone, f"to_{level}") for level in FROZEN_LEVELS[freeze]]
 
 
 def build_optimizer(args, student, adapters):
@@ -949,7 +974,8 @@ def training_curves(history, title):
     figure, (left, right) = voc_data.pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     left.plot(epochs, [record["loss"] for record in history], label="train loss")
     if any(record["kd"] for record in history):
-        left.plot(epochs, [record["ce"] for record in history], "--", label="train cross-entropy")
+        ce = [record["ce"] for record in history]
+        left.plot(epochs, ce, "--", label="train cross-entropy (class weights)")
     left.plot(val_epochs, [record["val_loss"] for record in validated], label="val cross-entropy")
     left.set(xlabel="epoch", ylabel="loss", title=title)
     left.legend()

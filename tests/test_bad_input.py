@@ -115,11 +115,11 @@ def run(tmp_path, monkeypatch, capsys):
 def run_train(run, voc, tmp_path):
     """`run_train(*flags)`: a training of one epoch on `voc`, other flags last."""
 
-    def call(*flags):
+    def call(*flags, pretrained=False):
         return run(
-            train, "--data_root", voc, "--no_pretrained", "--epochs", 1, "--batch_size", 2,
-            "--crop_size", 33, "--workers", 0, "--device", "cpu", "--cache_dir", tmp_path / "cache",
-            "--save_dir", tmp_path / "save", *flags,
+            train, "--data_root", voc, "--epochs", 1, "--batch_size", 2, "--crop_size", 33,
+            "--workers", 0, "--device", "cpu", "--cache_dir", tmp_path / "cache", "--save_dir",
+            tmp_path / "save", *([] if pretrained else ["--no_pretrained"]), *flags,
         )  # fmt: skip
 
     return call
@@ -409,7 +409,7 @@ BAD_FLAGS = [
     "--amp float16", "--model huge", "--kd_mode both", "--optimizer adam", "--schedule step",
     "--kd_levels top", "--train_split val", "--extra_images voc", "--save_dir", "--no_such_flag",
     "--kd_mode response --teacher resnet9000", "--class_balance 2", "--class_balance -1",
-    "--freeze high", "--init any.pth",
+    "--freeze high", "--init any.pth", "--kd_levels low --kd_mode feature --freeze low",
 ]  # fmt: skip
 
 
@@ -589,7 +589,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize("make", named(BAD_FILES))
-@pytest.mark.parametrize("use", ["test", "resume", "auto", "teacher", "teacher_weights"])
+@pytest.mark.parametrize("use", ["test", "resume", "auto", "init", "teacher", "teacher_weights"])
 def test_bad_checkpoint(make, use, run, run_train, voc, tmp_path):
     """Refused wherever a checkpoint is read, by name; code in it never runs."""
     save, marker = tmp_path / "save", tmp_path / "executed"
@@ -606,6 +606,8 @@ def test_bad_checkpoint(make, use, run, run_train, voc, tmp_path):
         )  # fmt: skip
     elif use in ("resume", "auto"):
         result = run_train("--resume", "auto" if use == "auto" else path)
+    elif use == "init":
+        result = run_train("--init", path, pretrained=True)
     elif use == "teacher":
         result = run_train("--kd_mode", "response", "--teacher", path)
     else:

@@ -32,14 +32,15 @@ def numpy_ce(logits, labels, weights=np.ones(CLASSES)):
 
 def numpy_kl(student, teacher, labels, temperature, weights=np.ones(CLASSES)):
     """T^2 * mean over the non-void pixels of sum over classes of p_t (log p_t - log p_s), times the
-    weight that the teacher expects the pixel to have."""
+    weight that the teacher at T = 1 expects the pixel to have."""
+    at_one = np.exp(log_softmax(teacher.double().numpy()))
     log_s = log_softmax(student.double().numpy() / temperature)
     log_t = log_softmax(teacher.double().numpy() / temperature)
     terms = []
     for n, y, x in np.ndindex(*labels.shape):
         if labels[n, y, x] != VOID:
             s, t = log_s[n, :, y, x], log_t[n, :, y, x]
-            weight = np.exp(t) @ weights
+            weight = at_one[n, :, y, x] @ weights
             terms.append(weight * sum(math.exp(b) * (b - a) for a, b in zip(s, t)))
     return temperature**2 * sum(terms) / len(terms)
 
@@ -135,10 +136,17 @@ def test_class_weights_lift_rare_classes_and_keep_the_mean_at_one():
         assert share @ weights == pytest.approx(1, rel=1e-6)
 
 
-@pytest.mark.parametrize("counts", [(990, 10, 0), (0, 0, 0), (2**40, 1, 1)])
-def test_class_weights_stay_finite_for_classes_that_are_absent(counts):
-    weights = balanced_class_weights(torch.tensor(counts), 0.5)
-    assert weights.isfinite().all() and (weights > 0).all() and weights.max() < 40
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+@pytest.mark.parametrize("counts", [(990, 10, 0), (950, 50, *[0] * 19), (2**40, 1, 1)])
+def test_class_weights_of_absent_classes_are_bounded_and_leave_the_mean_at_one(counts, power):
+    counts = torch.tensor(counts)
+    weights = balanced_class_weights(counts, power)
+    assert (counts * weights).sum() / counts.sum() == pytest.approx(1, rel=1e-5)
+    assert (weights > 0).all() and weights.max() <= 1000 * weights[0]
+
+
+def test_class_weights_without_any_labelled_pixel_are_all_one():
+    assert (balanced_class_weights(torch.zeros(CLASSES), 0.5) == 1).all()
 
 
 def test_class_weights_weigh_pixels_in_cross_entropy_and_response_loss(batch):
@@ -146,8 +154,10 @@ def test_class_weights_weigh_pixels_in_cross_entropy_and_response_loss(batch):
     weights = torch.linspace(0.2, 3, CLASSES)
     expected = numpy_ce(student, labels.numpy(), weights.double().numpy())
     assert close(cross_entropy(student, labels, weights), expected)
-    loss = response_based_kd_loss(student, teacher, labels, 2.0, weights)
-    assert close(loss, numpy_kl(student, teacher, labels.numpy(), 2.0, weights.double().numpy()))
+    for temperature in (1.0, 4.0):
+        loss = response_based_kd_loss(student, teacher, labels, temperature, weights)
+        expected = numpy_kl(student, teacher, labels.numpy(), temperature, weights.double().numpy())
+        assert close(loss, expected)
 
 
 def test_cross_entropy_takes_labels_in_bytes(batch):

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import statistics
@@ -220,7 +221,8 @@ def begin(root, folder, mode, teacher, *more, pretrained=False):
     teacher = train.build_teacher(args)
     loaders, _ = train.build_loaders(args, train_items, val_items, teacher)
     loader = loaders[args.crop_size]
-    return train.Training(args, teacher, len(loader)), loader
+    weights = train.find_class_weights(args, loaders)
+    return train.Training(args, teacher, len(loader), weights), loader
 
 
 def test_state_of_a_device_without_loss_scaling_continues_on_one_with(tiny_voc, tmp_path):
@@ -251,7 +253,7 @@ def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_fi
     _, train_items, val_items = train.find_data(args)
     teacher = train.build_teacher(args)
     loaders, _ = train.build_loaders(args, train_items, val_items, teacher)
-    trainer = train.Training(args, teacher, steps_per_epoch=4)
+    trainer = train.Training(args, teacher, steps_per_epoch=4, class_weights=None)
     batches = {crop: next(iter(loader)) for crop, loader in loaders.items()}
     for crop, batch in batches.items():
         assert batch["image"].shape[-2:] == batch["mask"].shape[-2:] == (crop, crop)
@@ -296,7 +298,8 @@ def test_frozen_parts_stay_as_they_are_with_their_norms_and_all_else_learns(
     trainer.train_one_epoch(loader)
     after = trainer.student.state_dict()
     kept = {key for key in before if torch.equal(before[key], after[key])}
-    assert kept == {key for key in before if key.startswith(tuple(f"backbone.to_{f}" for f in frozen))}
+    parts = tuple(f"backbone.to_{level}" for level in frozen)
+    assert kept == {key for key in before if key.startswith(parts)}
     held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert held == sum(parameter.requires_grad for parameter in trainer.student.parameters())
 
@@ -312,11 +315,18 @@ def test_init_starts_from_the_weights_of_a_checkpoint(runs, tiny_voc, tmp_path, 
     assert equal(seen[0].student.state_dict(), given)
     assert equal(seen[0].averaged.state_dict(), given)
     assert train.settings_of(args)["init"] == file.name
+    assert digest(file).startswith(train.settings_of(args)["init_digest"])
 
 
 @pytest.mark.parametrize(
     "changed, words",
-    [({"model": "standard"}, "does not fit"), ({"settings": {"allow_val_in_train": True}}, "allow")],
+    [
+        ({"model": "standard"}, "does not fit"),
+        ({"settings": "none"}, "not a student for the classes of VOC"),
+        ({"num_classes": 7}, "does not fit"),
+        ({"settings": {"allow_val_in_train": True}}, "--allow_val_in_train"),
+        ({"settings": {"train_split": "val", "val_split": "train"}}, "--allow_val_in_train"),
+    ],
 )
 def test_init_from_what_may_not_be_used_is_refused(changed, words, runs, tiny_voc, tmp_path):
     content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
@@ -334,6 +344,49 @@ def test_init_from_another_model_is_refused(teacher_file, tiny_voc, tmp_path):
     args.no_pretrained = False
     with pytest.raises(UsageError, match="holds standard, not ultracompact"):
         train.main(args)
+
+
+def test_init_from_the_file_that_the_run_would_replace_is_refused(runs, tiny_voc):
+    file = runs / "best_model_ultracompact_none.pth"
+    args = parsed(tiny_voc, runs, "none", "fcn_resnet50", "--init", file, "--overwrite")
+    args.no_pretrained, args.resume = False, "none"
+    before = digest(file)
+    with pytest.raises(UsageError, match="would be overwritten"):
+        train.main(args)
+    assert digest(file) == before
+
+
+def test_run_with_init_that_was_killed_in_its_first_epoch_starts_from_the_file_again(
+    runs, tiny_voc, tmp_path, monkeypatch
+):
+    """A `last` that says "nothing done yet" is no reason to forget where to start from."""
+    file = runs / "best_model_ultracompact_none.pth"
+    flags = [tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--init", file, "--epochs", 1]
+    weights_of = {}
+    for name in ("undisturbed", "killed"):
+        args = parsed(*flags)
+        args.no_pretrained, args.save_dir = False, str(tmp_path / name)
+        if name == "killed":
+            nothing_done = {"epoch": 0, "optimizer": {}, "settings": settings}
+            train.save_whole(nothing_done, tmp_path / name / "last_ultracompact_none.pth")
+        train.main(args)
+        settings = train.settings_of(args)
+        weights_of[name] = weights(tmp_path / name, "none", "last")
+    assert equal(weights_of["killed"], weights_of["undisturbed"])
+
+
+@pytest.mark.parametrize("mode", ["none", "response"])
+def test_class_balance_reaches_the_losses_of_a_step(mode, tiny_voc, teacher_file, tmp_path):
+    """One batch, one start: 0 gives the plain losses, and the default other ones."""
+    losses = {}
+    for power in (0, 0.5):
+        more = ["--class_balance", power]
+        trainer, loader = begin(tiny_voc, tmp_path / "s", mode, teacher_file, *more)
+        assert (trainer.class_weights is None) is (power == 0)
+        torch.manual_seed(0)  # dropout
+        losses[power] = trainer.step(next(iter(loader)), 0)
+    assert abs(losses[0]["ce"] - losses[0.5]["ce"]) > 1e-3
+    assert bool(losses[0]["kd"] != losses[0.5]["kd"]) is (mode == "response")
 
 
 def test_average_of_the_weights_is_what_ema_says(tiny_voc, tmp_path):
@@ -588,18 +641,21 @@ def test_every_line_of_the_command_lists_parses(name):
     assert found
     for words in found:
         assert (ROOT / words[1]).is_file()
-        if words[1].startswith("tests/"):  # a benchmark, run by hand
-            source = (ROOT / words[1]).read_text()
-            assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
-            continue
         try:
-            args = PARSERS[words[1]]().parse_args(words[2:])
+            args = parser_of(words[1]).parse_args(words[2:])
         except SystemExit:
             pytest.fail(f"{name}: {shlex.join(words)}")
         if words[1] == "train.py":
             train.check_args(args)
         if words[1] == "test.py":
             test_script.check_args(args)
+
+
+def parser_of(name):
+    """The argument parser of a script, by its name in the lists."""
+    if name in PARSERS:
+        return PARSERS[name]()
+    return runpy.run_path(str(ROOT / name))["get_args_parser"]()
 
 
 def test_train_txt_trains_all_six_variants():

@@ -10,7 +10,6 @@ times over, each copy with pixels of its own in the cache, to stand for a larger
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,12 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import voc_data  # noqa: E402
 
 
-def publish(what, rows, headers, output=None):
+def publish(what, rows, headers, output=None, device="cpu"):
     """Print a table with what was measured on which machine; write it to `output` as Markdown."""
-    threads = torch.get_num_threads()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads"
-    if torch.cuda.is_available():
-        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    machine = f"{voc_data.device_name(device)}, {os.cpu_count()} cores"
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     text = f"{table}\n\n{what}; {machine}, torch {torch.__version__}.\n"
     print(text, end="")
@@ -101,7 +97,7 @@ def reference_batches(items, args):
     return one_pass
 
 
-def main():
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
@@ -112,10 +108,13 @@ def main():
     parser.add_argument("--limit", type=int, help="use so many images only")
     parser.add_argument("--copies", type=int, default=1, help="read the list so many times over")
     parser.add_argument("--output", help="write the table to this file")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     torch.set_num_threads(1)
-    items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
-    items = items * args.copies
+    root = voc_data.find_voc(args.data_root, download=True)
+    items = voc_data.list_items(root, args.split)[: args.limit] * args.copies
     with tempfile.TemporaryDirectory() as cache_dir:
         pixels = voc_data.pixel_cache(items, cache_dir, args.workers)
         os.sync()  # the disk is done with it before the clock starts
@@ -145,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(get_args_parser().parse_args())

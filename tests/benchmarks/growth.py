@@ -33,7 +33,8 @@ def anonymous_memory():
 
 def measure(args, factor, results):
     """Train two epochs on `factor` copies of the list; put (seconds, MB) of the second."""
-    items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.images]
+    root = voc_data.find_voc(args.data_root, download=True)
+    items = voc_data.list_items(root, args.split)[: args.images]
     with tempfile.TemporaryDirectory() as cache_dir:
         flags = ["--no_pretrained", "--cache_dir", cache_dir, "--workers", str(args.workers)]
         ours = train.get_args_parser().parse_args(flags)
@@ -41,21 +42,25 @@ def measure(args, factor, results):
         train.setup_processes(ours)
         loaders, _ = train.build_loaders(ours, items * factor, items[:1], teacher=None)
         loader = loaders[ours.crop_size]
-        training = train.Training(ours, None, len(loader))
+        weights = train.find_class_weights(ours, loaders)
+        training = train.Training(ours, None, len(loader), weights)
         training.train_one_epoch(loader)
         start = time.perf_counter()
         training.train_one_epoch(loader)
         results.put((time.perf_counter() - start, anonymous_memory()))
 
 
-def main():
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
     parser.add_argument("--images", type=int, default=100, help="images at 1x")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", help="write the table to this file")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     context, rows = multiprocessing.get_context("spawn"), []
     for factor in (1, 2, 4, 8):
         results = context.Queue()
@@ -72,8 +77,8 @@ def main():
     ]  # fmt: skip
     what = "The second epoch of a new process; memory of its own at the end of it"
     headers = ("data", "images", "s an epoch", "times 1x", "memory MB", "times 1x")
-    publish(what, rows, headers, args.output)
+    publish(what, rows, headers, args.output, voc_data.choose_device())
 
 
 if __name__ == "__main__":
-    main()
+    main(get_args_parser().parse_args())

@@ -39,7 +39,7 @@ def networks(device):
     return result
 
 
-def main():
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device")
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 512])
@@ -48,7 +48,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=30, help="after so many, 3 rounds will do")
     parser.add_argument("--output", help="write the table to this file")
     parser.add_argument("--skip", nargs="*", default=[], help="networks to leave out")
-    args = parser.parse_args()
+    return parser
+
+
+def main(args):
     device = voc_data.choose_device(args.device)
     tested = {name: net for name, net in networks(device).items() if name not in args.skip}
     rows = []
@@ -57,10 +60,10 @@ def main():
             rows += compare(tested, size, batch, args, device)
     headers = ("network", "px", "batch", "ms", "range", "img/s", f"times {REFERENCE}")
     what = (
-        f"Forward passes on {device.type}, random weights, medians of up to {args.rounds} rounds in "
-        "turn (fewer, but three, for large batches)"
+        f"Forward passes, random weights, medians of up to {args.rounds} rounds in turn (at least "
+        "three of large batches)"
     )
-    publish(what, rows, headers, args.output)
+    publish(what, rows, headers, args.output, device)
 
 
 @torch.inference_mode()
@@ -92,4 +95,4 @@ def compare(tested, size, batch, args, device):
 
 
 if __name__ == "__main__":
-    main()
+    main(get_args_parser().parse_args())

@@ -37,7 +37,8 @@ def our_epoch(args, items, cache_dir, *more):
     teacher = train.build_teacher(ours)
     loaders, _ = train.build_loaders(ours, items, items[:1], teacher)
     loader = loaders[ours.crop_size]
-    training = train.Training(ours, teacher, len(loader))
+    weights = train.find_class_weights(ours, loaders)
+    training = train.Training(ours, teacher, len(loader), weights)
     return lambda: training.train_one_epoch(loader)
 
 
@@ -80,7 +81,7 @@ def loops_to_compare(args, items, cache_dir):
     return loops
 
 
-def main():
+def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
     parser.add_argument("--split", default="train")
@@ -92,8 +93,12 @@ def main():
     parser.add_argument("--limit", type=int, help="use so many images only")
     parser.add_argument("--teacher", help="compare the modes with this teacher instead")
     parser.add_argument("--output", help="write the table to this file")
-    args = parser.parse_args()
-    items = voc_data.list_items(voc_data.find_voc(args.data_root), args.split)[: args.limit]
+    return parser
+
+
+def main(args):
+    root = voc_data.find_voc(args.data_root, download=True)
+    items = voc_data.list_items(root, args.split)[: args.limit]
     with tempfile.TemporaryDirectory() as cache_dir:
         loops = loops_to_compare(args, items, cache_dir)
         seconds = {name: [] for name in loops}
@@ -106,16 +111,17 @@ def main():
     base = statistics.median(next(iter(seconds.values())))
     rows = [
         (name, f"{statistics.median(v):.1f}", f"{min(v):.1f}-{max(v):.1f}",
-         f"{base / statistics.median(v):.2f}", f"{statistics.median(v) / base:.2f}")
+         f"{statistics.median(v) / base:.2f}", f"{base / statistics.median(v):.2f}")
         for name, v in seconds.items()
     ]  # fmt: skip
+    teacher = f", taught by {Path(args.teacher).name}" if args.teacher else ""
     what = (
-        f"One epoch of {args.model}: {len(items):,} images, crops of {args.crop_size} px, batches "
-        f"of {args.batch_size}, {args.workers} workers, median of {args.epochs} epochs in turn"
+        f"One epoch of {args.model}{teacher}: {len(items):,} images, crops of {args.crop_size} px, "
+        f"batches of {args.batch_size}, {args.workers} workers, median of {args.epochs} epochs"
     )
-    headers = ("loop", "s an epoch", "range", "times faster", "times the cost")
-    publish(what, rows, headers, args.output)
+    headers = ("loop", "s an epoch", "range", "times the first's time", "times its speed")
+    publish(what, rows, headers, args.output, voc_data.choose_device())
 
 
 if __name__ == "__main__":
-    main()
+    main(get_args_parser().parse_args())
