@@ -164,10 +164,12 @@ def masked_mean(values, mask):
 
 
 def labels_at(labels, size):
-    """Labels (N, H, W) at another resolution, by nearest neighbour."""
-    if labels.shape[-2:] == tuple(size):
-        return labels
-    return F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+    """Labels (N, H, W) at another resolution: of the pixel nearest to the centre of each cell."""
+    rows, columns = (
+        ((torch.arange(new, device=labels.device) + 0.5) * (old / new)).long()
+        for old, new in zip(labels.shape[-2:], size)
+    )
+    return labels[:, rows[:, None], columns]
 
 
 def make_adapters(student_channels, teacher_channels):

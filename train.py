@@ -645,7 +645,7 @@ class Training:
     def step(self, batch, global_step):
         """One update of the weights; returns the losses, on the device."""
         images = batch["image"].to(self.device, non_blocking=True)
-        labels = batch["mask"].to(self.device, non_blocking=True).long()
+        labels = batch["mask"].to(self.device, non_blocking=True)
         images = voc_data.normalise(images, batch["colour"])
         images = images.contiguous(memory_format=self.memory_format)
         self.set_rate(global_step)
