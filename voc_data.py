@@ -641,6 +641,7 @@ def pixel_cache(items, cache_dir, workers=0):
             batch_size=None,
             generator=torch.Generator(),  # leave the global one alone
             num_workers=workers,
+            worker_init_fn=quiet_worker,
         )
         for image, mask in tqdm(
             decoded, "decoding once", len(items), unit="img", leave=False, disable=None
@@ -959,6 +960,12 @@ class ShardSampler(Sampler):
         return iter(self.indices)
 
 
+def quiet_worker(_):
+    """Set up a loader worker: no traceback of its thread that hands memory over when the main
+    process is interrupted. Errors of the data reach the main process another way."""
+    sys.excepthook = lambda *_: None
+
+
 def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin_memory=False):
     """Shuffled full batches; call `loader.sampler.set_epoch(epoch)` before each epoch.
 
@@ -977,6 +984,7 @@ def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin
         sampler=sampler,
         generator=torch.Generator(),  # or it would draw from the generator that dropout uses
         num_workers=workers,
+        worker_init_fn=quiet_worker,
         drop_last=True,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -993,6 +1001,7 @@ def eval_loader(dataset, workers, rank=0, world_size=1):
         sampler=sampler,
         generator=torch.Generator(),
         num_workers=workers,
+        worker_init_fn=quiet_worker,
     )
 
 
