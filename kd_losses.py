@@ -78,7 +78,7 @@ def cross_entropy(logits, labels, class_weights=None):
 
 
 def balanced_class_weights(pixel_counts, power):
-    """Weights for the cross-entropy that lift rare classes: w_c = f_c^-power / sum_k f_k^(1-power).
+    """Weights of the classes that lift rare ones: w_c = f_c^-power / sum_k f_k^(1-power).
 
     f_c is the share of class c in the labelled pixels. Three quarters of VOC are background, and
     mIoU counts every class alike. At power 0 all weights are 1; at 1 all classes count the same;

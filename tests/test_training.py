@@ -357,7 +357,7 @@ def test_init_from_the_file_that_the_run_would_replace_is_refused(runs, tiny_voc
 
 
 def test_run_with_init_that_was_killed_in_its_first_epoch_starts_from_the_file_again(
-    runs, tiny_voc, tmp_path, monkeypatch
+    runs, tiny_voc, tmp_path
 ):
     """A `last` that says "nothing done yet" is no reason to forget where to start from."""
     file = runs / "best_model_ultracompact_none.pth"
