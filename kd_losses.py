@@ -125,9 +125,11 @@ def response_based_kd_loss(
         raise UsageError(f"the temperature must be positive, not {temperature}")
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    soft = teacher.exp()
+    # As F.kl_div(student, teacher, log_target=True) gives it; one exp less here, one in backward.
+    divergence = (soft * (teacher - student)).sum(dim=1)  # (N, h, w)
     if class_weights is not None:
-        expected = F.softmax(teacher_logits.float(), dim=1)
+        expected = soft if temperature == 1 else F.softmax(teacher_logits.float(), dim=1)
         divergence = divergence * torch.einsum("nchw,c->nhw", expected, class_weights)
     return temperature**2 * masked_mean(divergence, labels != VOID)
 

@@ -132,6 +132,10 @@ def get_args_parser():
     )  # fmt: skip
     group.add_argument("--colour_jitter", type=float, default=0.3, help="strength, 0..1")
     group.add_argument(
+        "--cutmix", type=float, default=0.0, metavar="P", help="share of the steps in which each "
+        "image gets a rectangle of another: for long runs on few images",
+    )  # fmt: skip
+    group.add_argument(
         "--eval_size", type=int, default=0, help="longest side in validation; 0 keeps the image's"
     )
     group.add_argument(
@@ -276,6 +280,7 @@ def check_args(args):
         ),
         ("seed", 0 <= args.seed < 2**31, "in 0..2147483647"),
         ("colour_jitter", 0 <= args.colour_jitter <= 1, "in 0..1"),
+        ("cutmix", 0 <= args.cutmix <= 1, "in 0..1"),
         ("class_balance", 0 <= args.class_balance <= 1, "in 0..1"),
         ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
         ("teacher_size", args.teacher_size >= 33, "at least 33"),
@@ -644,15 +649,17 @@ class Training:
 
     def step(self, batch, global_step):
         """One update of the weights; returns the losses, on the device."""
-        images = batch["image"].to(self.device, non_blocking=True)
-        labels = batch["mask"].to(self.device, non_blocking=True)
-        images = voc_data.normalise(images, batch["colour"])
-        images = images.contiguous(memory_format=self.memory_format)
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        if self.args.cutmix and torch.rand(()).item() < self.args.cutmix:
+            batch = voc_data.cutmix(batch)
+        images = voc_data.normalise(batch["image"], batch["colour"], self.memory_format)
         self.set_rate(global_step)
         with self.autocast():
             taught = self.ask_teacher(images, batch)
             logits, features = self.module(images, self.loss_size(images))
-        losses = compute_losses(self.args, logits, features, labels, taught, self.class_weights)
+        losses = compute_losses(
+            self.args, logits, features, batch["mask"], taught, self.class_weights
+        )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
@@ -669,9 +676,7 @@ class Training:
         if self.teacher is None:
             return {}
         cached = {key: batch[key] for key in self.teacher.channels if key in batch}
-        if cached:
-            return {key: value.to(self.device, non_blocking=True) for key, value in cached.items()}
-        return self.teacher(images, logits=self.args.kd_mode == "response")
+        return cached or self.teacher(images, logits=self.args.kd_mode == "response")
 
     def set_rate(self, step):
         """The learning rate of a step: linear warm-up, then down to 0 along the schedule."""

@@ -545,7 +545,7 @@ class ArrayStore:
 
     def __getitem__(self, index):
         if self.memory is None:  # opened in the process that reads
-            self.memory = np.memmap(self.path, self.dtype, mode="c")
+            self.memory = np.memmap(self.path, self.dtype, mode="c").view(np.ndarray)
         shape = self.shapes[index]
         end = self.ends[index]
         return self.memory[end - shape.prod() : end].reshape(shape)
@@ -822,7 +822,39 @@ def resize_longest(image, longest):
     return TF.resize(image, [max(1, round(height * factor)), max(1, round(width * factor))])
 
 
-def normalise(images, colour=None):
+def cutmix(batch):
+    """Give each image of a batch a rectangle of the one before it, its labels and teacher maps too.
+
+    The rectangle has half the area of the image, any place and aspect ratio up to 2, the same in
+    the whole batch. A network that is shown few pictures very often cannot remember these: they are
+    new every time. (`torchvision.transforms.v2.CutMix` mixes labels of whole images.)
+
+    Yun et al. 2019, CutMix, https://arxiv.org/abs/1905.04899; for segmentation, French et al. 2020,
+    https://arxiv.org/abs/1906.01916
+
+    Args:
+        batch: a dict of tensors; those of (N, ..., H, W), at any resolution, are mixed.
+
+    Returns:
+        such a dict; the tensors of the old one are left as they were.
+    """
+    power, at_y, at_x = torch.rand(3).tolist()
+    sides = 0.5**power, 0.5 ** (1 - power)  # height and width, as shares of the image's
+    starts = at_y * (1 - sides[0]), at_x * (1 - sides[1])
+    mixed = {}
+    for key, value in batch.items():
+        if value.ndim >= 3:
+            rows, columns = (
+                slice(round(start * length), round((start + side) * length))
+                for start, side, length in zip(starts, sides, value.shape[-2:])
+            )
+            value = value.clone()
+            value[..., rows, columns] = value[..., rows, columns].roll(1, dims=0)
+        mixed[key] = value
+    return mixed
+
+
+def normalise(images, colour=None, memory_format=torch.contiguous_format):
     """Bytes to what the network reads, on the device of `images`.
 
     Args:
@@ -830,28 +862,31 @@ def normalise(images, colour=None):
         colour: None, or (N, 3) factors of brightness, contrast and saturation, each a blend as in
             `torchvision.transforms.v2.ColorJitter` (with black, the mean grey, the pixel's grey).
             The three and the normalisation are one 3x3 matrix and one offset for each image.
+        memory_format: of the result.
 
     Returns:
         (N, 3, H, W) float32, normalised with ImageNet's mean and standard deviation.
     """
     mean, std, grey, identity = colour_constants(images.device)
     if colour is None:
-        return ((images.flatten(2) - mean) / std).view(images.shape)
-    colour = colour.to(images.device, non_blocking=True).view(-1, 3, 1, 1)
+        out = ((images.flatten(2) - mean) / std).view(images.shape)
+        return out.contiguous(memory_format=memory_format)
+    colour = colour.view(-1, 3, 1, 1)
     brightness, contrast, saturation = colour.unbind(1)  # (N, 1, 1)
     saturate = saturation * identity + (1 - saturation) * grey.expand(3, 3)
     matrix = saturate * contrast * brightness / std
     towards_grey = saturate.sum(dim=2, keepdim=True) * (1 - contrast) * brightness / std
-    out = torch.empty(images.shape, device=images.device)
+    out = torch.empty(images.shape, device=images.device, memory_format=memory_format)
     # One by one on a CPU: its cache holds an image, but no batch. All at once elsewhere.
     step = 1 if images.device.type == "cpu" else len(images)
     for part in (slice(start, start + step) for start in range(0, len(images), step)):
         pixels = images[part].flatten(2).float()  # (step, 3, H*W)
         mean_grey = (grey @ pixels.mean(dim=2).T).view(-1, 1, 1)
         offset = towards_grey[part] * mean_grey - mean / std
-        torch.baddbmm(offset, matrix[part], pixels, out=out[part].flatten(2))
+        mapped = torch.baddbmm(offset, matrix[part], pixels)
         for channel, (m, s) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
-            out[part, channel].clamp_(-m / s, (1 - m) / s)  # to black and white
+            mapped[:, channel].clamp_(-m / s, (1 - m) / s)  # to black and white
+        out[part] = mapped.view_as(out[part])
     return out
 
 

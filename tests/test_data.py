@@ -145,6 +145,38 @@ def test_eval_transform_resizes_the_image_alone():
     assert voc_data.EvalTransform(0)(sample)["image"].shape == (3, 90, 120)
 
 
+# -------------------------------------------------------------------------------------- CutMix
+
+
+def test_cutmix_moves_a_rectangle_of_all_that_is_known_of_an_image():
+    """Every tensor holds the number of its image, so what came from where can be read off."""
+    number = torch.arange(4, dtype=torch.uint8).view(4, 1, 1)
+    batch = {
+        "image": number[:, None].expand(4, 3, 96, 64).contiguous(),
+        "mask": number.expand(4, 96, 64).contiguous(),
+        "out": number[:, None].expand(4, 21, 24, 16).half(),
+        "colour": torch.rand(4, 3), "index": torch.arange(4),
+    }  # fmt: skip
+    places = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixed = voc_data.cutmix(batch)
+        pasted = mixed["mask"] == (number - 1) % 4
+        assert (pasted | (mixed["mask"] == number)).all()
+        assert pasted[0].float().mean() == pytest.approx(0.5, abs=0.02)
+        rows, columns = pasted[0].nonzero().T
+        assert pasted[0][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+        places.add((rows.min().item(), columns.min().item(), rows.max().item()))
+        assert (mixed["image"] == mixed["mask"][:, None]).all()
+        coarse = mixed["mask"][:, None, 1::4, 1::4]
+        assert (mixed["out"] == coarse).float().mean() > 0.85  # up to half a cell at the border
+        assert mixed["colour"] is batch["colour"] and mixed["index"] is batch["index"]
+        assert (batch["mask"] == number).all()  # the batch itself is as it was
+        torch.manual_seed(seed)
+        assert torch.equal(voc_data.cutmix(batch)["mask"], mixed["mask"])
+    assert len(places) > 15
+
+
 # --------------------------------------------------------------------------- colour, normalise
 
 
@@ -156,6 +188,9 @@ def test_colour_and_normalise_are_those_of_torchvision_where_nothing_clips():
     colour = torch.stack([draw({})["colour"] for _ in images])
     assert (colour - 1).abs().max() <= 0.2 and colour.std(dim=0).min() > 0.02
     got = voc_data.normalise(images, colour)
+    channels_last = voc_data.normalise(images, colour, torch.channels_last)
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(channels_last, got) and got.is_contiguous()
     for image, factors, out in zip(images, colour.tolist(), got):
         expected = TF.to_dtype(image, torch.float32, scale=True)
         expected = TF.adjust_brightness(expected, factors[0])

@@ -263,6 +263,32 @@ def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_fi
     assert (smaller == batches[48]["mask"]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("mode", ["none", "response", "feature"])
+def test_cutmix_step_is_a_step_on_the_mixed_batch(mode, tiny_voc, teacher_file, tmp_path):
+    mixing, loader = begin(tiny_voc, tmp_path, mode, teacher_file, "--cutmix", 1)
+    plain, _ = begin(tiny_voc, tmp_path, mode, teacher_file)
+    batch = next(iter(loader))
+    torch.manual_seed(5)
+    got = mixing.step(batch, 0)
+    torch.manual_seed(5)
+    torch.rand(())  # whether to mix
+    expected = plain.step(voc_data.cutmix(batch), 0)
+    assert got == expected != plain.step(batch, 0)
+
+
+def test_cutmix_takes_the_share_of_the_steps_that_is_wanted(tiny_voc, tmp_path, monkeypatch):
+    mixed = []
+    monkeypatch.setattr(voc_data, "cutmix", lambda batch: mixed.append(1) or batch)
+    for share, allowed in ((0, [0]), (0.5, range(4, 17)), (1, [20])):
+        more = ["--cutmix", share]
+        trainer, loader = begin(tiny_voc, tmp_path, "none", "fcn_resnet50", *more)
+        batch = next(iter(loader))
+        mixed.clear()
+        for step in range(20):
+            trainer.step(batch, step)
+        assert len(mixed) in allowed
+
+
 @pytest.mark.parametrize("cache", ["auto", "none"])
 @pytest.mark.parametrize("mode", ["response", "feature"])
 def test_step_trains_student_and_adapters_and_never_the_teacher(

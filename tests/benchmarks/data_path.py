@@ -76,7 +76,7 @@ def our_batches(items, args, pixels):
     def one_pass(epoch):
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            voc_data.normalise(batch["image"], batch["colour"])
+            voc_data.normalise(batch["image"], batch["colour"], torch.channels_last)
         return len(loader) * args.batch_size
 
     return one_pass
