@@ -351,9 +351,13 @@ def write_runs_table(rows, path):
 
 
 def choices(row, but=()):
-    """The settings of a row that say what its run computed, without those named in `but`."""
+    """The settings of a row that say what its run computed, without those named in `but`.
+
+    What is 0, None or False is off, as it was before there was such a setting: left out.
+    """
     settings = row.get("settings", {})
-    return {name: settings[name] for name in settings if name not in NO_CHOICES | set(but)}
+    names = (name for name in settings if name not in NO_CHOICES | set(but))
+    return {name: settings[name] for name in names if settings[name]}
 
 
 def differing_settings(row, rows):
@@ -362,7 +366,7 @@ def differing_settings(row, rows):
     mine = choices(row)
     names = {name for other in others for name in choices(other) | mine
              if choices(other).get(name) != mine.get(name)}  # fmt: skip
-    return ", ".join(f"{name} {mine.get(name)}" for name in sorted(names))
+    return ", ".join(f"{name} {mine.get(name, 'off')}" for name in sorted(names))
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -149,6 +149,10 @@ def get_args_parser():
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=60, help="passes over the training images")
+    group.add_argument(
+        "--epoch_images", type=int, default=0, help="images that count as an epoch, all processes "
+        "together; 0: as many as there are. Equal budgets where the numbers of images differ",
+    )  # fmt: skip
     group.add_argument("--batch_size", type=int, default=16, help="images a step, for each process")
     group.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
     group.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (of the head)")
@@ -265,6 +269,7 @@ def check_args(args):
     """Refuse values that cannot work, before anything is read or written."""
     rules = [
         ("epochs", args.epochs >= 1, "at least 1"),
+        ("epoch_images", args.epoch_images >= 0, "0 or more"),
         ("batch_size", args.batch_size >= 1, "at least 1"),
         ("lr", args.lr > 0, "positive"),
         ("temperature", args.temperature > 0, "positive"),
@@ -511,7 +516,8 @@ def build_loaders(args, train_items, val_items, teacher):
         transform = voc_data.train_transform(crop, scale, args.colour_jitter)
         train_loaders[crop] = voc_data.train_loader(
             voc_data.VOCDataset(train_items, transform, pixels, maps),
-            args.batch_size, seed=args.seed, pin_memory=on_cuda, **shard,
+            args.batch_size, seed=args.seed, epoch_images=args.epoch_images, pin_memory=on_cuda,
+            **shard,
         )  # fmt: skip
     val_set = voc_data.VOCDataset(val_items, voc_data.EvalTransform(args.eval_size))
     return train_loaders, voc_data.eval_loader(val_set, **shard)

@@ -961,25 +961,37 @@ class EpochSampler(Sampler):
     Everything follows from `(seed, epoch)`: a run that resumes at an epoch sees what it would have
     seen. `set_epoch` before each epoch. The ranks share the data without overlap; what does not
     divide by their number is left out of the epoch.
+
+    An epoch takes `epoch_images` of an endless row of shuffles, one after the other; by default as
+    many as there are, so that each epoch is one shuffle.
     """
 
-    def __init__(self, length, seed, rank=0, world_size=1):
+    def __init__(self, length, seed, rank=0, world_size=1, epoch_images=None):
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
-        self.epoch = 0
+        self.epoch_images, self.epoch = epoch_images or length, 0
 
     def set_epoch(self, epoch):
         """Choose the shuffle of this epoch."""
         self.epoch = epoch
 
     def __len__(self):
-        return self.length // self.world_size
+        return self.epoch_images // self.world_size
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        first, skipped = divmod(self.epoch * self.epoch_images, self.length)
+        keys = self.shuffle(first)[skipped:]
+        while len(keys) < self.epoch_images:
+            first += 1
+            keys += self.shuffle(first)
+        keys = keys[: len(self) * self.world_size]
+        return iter(keys[self.rank :: self.world_size])
+
+    def shuffle(self, number):
+        """All indices in the order of one of the shuffles, each with a seed: [(index, seed)]."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
         order = torch.randperm(self.length, generator=generator).tolist()
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        keys = list(zip(order, seeds))[: len(self) * self.world_size]
-        return iter(keys[self.rank :: self.world_size])
+        return list(zip(order, seeds))
 
 
 class ShardSampler(Sampler):
@@ -1001,17 +1013,19 @@ def quiet_worker(_):
     sys.excepthook = lambda *_: None
 
 
-def train_loader(dataset, batch_size, workers, seed=0, rank=0, world_size=1, pin_memory=False):
+def train_loader(
+    dataset, batch_size, workers, seed=0, rank=0, world_size=1, epoch_images=None, pin_memory=False
+):
     """Shuffled full batches; call `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Raises:
         UsageError: there are fewer images than one batch needs.
     """
-    sampler = EpochSampler(len(dataset), seed, rank, world_size)
+    sampler = EpochSampler(len(dataset), seed, rank, world_size, epoch_images)
     if len(sampler) < batch_size:
         raise UsageError(
             f"--batch_size {batch_size} is more than the {len(sampler)} training images there are "
-            "for each process"
+            "in an epoch for each process"
         )
     return DataLoader(
         dataset,

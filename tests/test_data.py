@@ -312,6 +312,24 @@ def test_ranks_of_epoch_sampler_share_the_data_without_overlap():
         assert set(together) <= set(whole) and len(set(whole)) == 23
 
 
+@pytest.mark.parametrize("epoch_images", [4, 10, 25])
+def test_epochs_of_another_length_go_on_in_the_same_shuffles(epoch_images):
+    shuffles, counted = voc_data.EpochSampler(10, 5), voc_data.EpochSampler(10, 5, 0, 1, epoch_images)
+    assert len(counted) == epoch_images
+    keys, expected = [], []
+    for epoch in range(10):
+        counted.set_epoch(epoch)
+        shuffles.set_epoch(epoch)
+        keys += counted
+        expected += shuffles
+    assert keys[:100] == expected[: len(keys)]
+    halves = [voc_data.EpochSampler(10, 5, rank, 2, epoch_images) for rank in range(2)]
+    for sampler in (*halves, counted):
+        sampler.set_epoch(3)
+    pairs = [key for pair in zip(*halves) for key in pair]
+    assert pairs == list(counted)[: 2 * len(halves[0])]
+
+
 @pytest.mark.parametrize("length, world_size", [(10, 1), (10, 3), (2, 4)])
 def test_shard_sampler_covers_each_item_exactly_once(length, world_size):
     shards = [voc_data.ShardSampler(length, rank, world_size) for rank in range(world_size)]
