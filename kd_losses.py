@@ -261,7 +261,7 @@ class Teacher(nn.Module):
         channels: {"out": classes, level: channels}, seen in a trial run.
 
     Raises:
-        DataError: it returns no logits, or not for the 21 classes of VOC.
+        DataError: it returns no logits, or not for the 21 classes of VOC, or takes one size only.
     """
 
     def __init__(self, network, name, taps=None, device="cpu"):
@@ -274,7 +274,13 @@ class Teacher(nn.Module):
         self._tapped, self._has_taps = {}, bool(taps)
         for level, module in (taps or {}).items():
             module.register_forward_hook(self._remember(level))
-        trial = self(torch.zeros(2, 3, 65, 65, device=device))
+        try:
+            trial = self(torch.zeros(2, 3, 65, 65, device=device))
+        except (RuntimeError, AssertionError) as error:  # a program that was exported for one size
+            raise DataError(
+                f"the teacher {name} does not take two images of 65x65 ({first_line(error)}). A .pt2 "
+                "file must be exported with dynamic_shapes for dimensions 0, 2 and 3"
+            ) from error
         self.channels = {key: value.shape[1] for key, value in trial.items()}
         if self.channels.get("out") != NUM_CLASSES:
             raise DataError(
@@ -484,6 +490,8 @@ def whole_image_maps(teacher, image, size, keys):
     maps = {}
     for key in keys:
         value = outputs[key].float()
+        if value.device.type == "mps":  # pools only where the sizes divide
+            value = value.cpu()
         cells = [max(1, round(side / KEPT_STRIDES[key])) for side in image.shape[-2:]]
         if value.shape[-2] > cells[0]:  # averaged down, never blown up
             value = F.interpolate(value, size=cells, mode="area")

@@ -213,7 +213,7 @@ def main(args):
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
-    if resumed:
+    if resumed and resumed["epoch"]:
         check_same_settings(args, resumed)
     teacher = build_teacher(args)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
@@ -224,6 +224,7 @@ def main(args):
     trainer = Training(args, teacher, steps_per_epoch, class_weights, init)
     if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
+    settle_files(args, trainer, files, resumed)
     describe_run(args, root, train_items, val_items, trainer)
     if trainer.epoch >= args.epochs:
         say(args, f"all {args.epochs} epochs are done: nothing left to train (--resume none "
@@ -285,7 +286,7 @@ def check_args(args):
         ),
         ("seed", 0 <= args.seed < 2**31, "in 0..2147483647"),
         ("colour_jitter", 0 <= args.colour_jitter <= 1, "in 0..1"),
-        ("cutmix", 0 <= args.cutmix <= 1, "in 0..1"),
+        ("cutmix", 0 <= args.cutmix <= (args.batch_size > 1), "in 0..1, and 0 at --batch_size 1"),
         ("class_balance", 0 <= args.class_balance <= 1, "in 0..1"),
         ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
         ("teacher_size", args.teacher_size >= 33, "at least 33"),
@@ -318,12 +319,12 @@ def check_args(args):
 def find_resume(args, files):
     """The state to continue from, or None for a fresh start that is allowed to write."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, itself
-    resume = "auto" if restarted else args.resume
+    resume = "auto" if restarted and files.last.is_file() else args.resume
     path = {"auto": files.last, "none": None}.get(resume, Path(resume))
     if resume == "auto" and not path.is_file():
         path = None
     there = [file for file in (files.best, files.last) if file.exists()]
-    if path != files.last and there and not args.overwrite:
+    if there and not args.overwrite and (path is None or not same_path(path, files.last)):
         raise UsageError(
             f"{there[0]} exists and is not what would be continued: name another --save_dir, or "
             "allow the replacement with --overwrite"
@@ -336,12 +337,44 @@ def find_resume(args, files):
         not isinstance(state.get(name), kind) for name, kind in parts.items()
     ):
         raise DataError(f"{path} is not a last_*.pth of train.py: it cannot be continued from")
-    return state
+    return state | {"path": str(path)}
+
+
+def same_path(first, second):
+    """True if two paths lead to one file, there or not."""
+    return Path(first).resolve() == Path(second).resolve()
+
+
+def settle_files(args, trainer, files, resumed):
+    """Before the first epoch: a run that is cut off in it must find its own start in --save_dir.
+
+    A fresh start replaces the `last` of an older run by one that says "nothing done yet"; a run
+    that continues from a file elsewhere brings its state along, and the best weights beside it.
+    """
+    if resumed and not same_path(resumed["path"], files.last):
+        best = Path(resumed["path"]).with_name(files.best.name)
+        best_weights = from_first(args, lambda: best.read_bytes() if best.is_file() else None)
+        if best_weights is None:
+            trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
+        elif args.rank == 0:
+            write_whole(best_weights, files.best)
+        if args.rank == 0:
+            save_whole(trainer.state_dict(), files.last)
+    elif not resumed and args.rank == 0 and files.last.exists():
+        save_whole(nothing_done(args), files.last)
+
+
+def nothing_done(args):
+    """The content of a `last` file before the first epoch."""
+    return {"epoch": 0, "optimizer": {}, "settings": settings_of(args)}
 
 
 def check_same_settings(args, resumed):
     """Refuse to continue a run with other settings, and say which."""
-    now, before = settings_of(args), resumed["settings"]
+    now, defaults = settings_of(args), vars(get_args_parser().parse_args([]))
+    # A setting that the version before did not have, and that is off by default, was off.
+    unknown = {name for name in defaults if defaults[name] in (None, False, 0, "none")}
+    before = {name: defaults[name] for name in unknown} | resumed["settings"]
     differing = [
         f"{name} (was {before.get(name)}, now {now.get(name)})"
         for name in sorted(now.keys() | before.keys())
@@ -380,6 +413,7 @@ def setup_processes(args):
     args.rank = int(os.environ.get("RANK", 0))
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     args.torch_device = voc_data.choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    choose_amp(args.amp, args.torch_device)  # refused now if it cannot be, not after the caches
     if args.world_size > 1 and args.device and ":" in args.device:
         raise UsageError(f"--device {args.device}: torchrun gives each process a device of its own")
     if args.world_size > 1 and args.torch_device.type == "mps":
@@ -450,6 +484,9 @@ def find_data(args):
     if args.extra_images:
         excluded = {item.id for item in train_items} | val_ids
         train_items += voc_data.list_extra_images(args.extra_images, root, excluded)
+    voc_data.check_batch_size(
+        args.batch_size, args.epoch_images or len(train_items), args.world_size
+    )
     shared = sorted(val_ids & {item.id for item in train_items})
     if shared and not args.allow_val_in_train:
         raise UsageError(
@@ -655,17 +692,17 @@ class Training:
 
     def step(self, batch, global_step):
         """One update of the weights; returns the losses, on the device."""
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        if self.args.cutmix and torch.rand(()).item() < self.args.cutmix:
-            batch = voc_data.cutmix(batch)
+        on_cuda = self.device.type == "cuda"  # elsewhere the memory of a batch is not pinned
+        batch = {key: value.to(self.device, non_blocking=on_cuda) for key, value in batch.items()}
         images = voc_data.normalise(batch["image"], batch["colour"], self.memory_format)
+        labels = batch["mask"]
         self.set_rate(global_step)
         with self.autocast():
             taught = self.ask_teacher(images, batch)
+            if self.args.cutmix and torch.rand(()).item() < self.args.cutmix:
+                images, labels, taught = voc_data.cutmix(images, labels, taught)
             logits, features = self.module(images, self.loss_size(images))
-        losses = compute_losses(
-            self.args, logits, features, batch["mask"], taught, self.class_weights
-        )
+        losses = compute_losses(self.args, logits, features, labels, taught, self.class_weights)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
@@ -794,7 +831,7 @@ def read_init(args, files, resumed):
         raise DataError(f"--init {path} is not a student for the classes of VOC")
     if checkpoint["model"] != args.model:
         raise UsageError(f"--init {path} holds {checkpoint['model']}, not {args.model}")
-    if path.resolve() == files.best.resolve():
+    if same_path(path, files.best):
         raise UsageError(f"--init {path} would be overwritten by this run: name another --save_dir")
     other_val = settings.get("val_split", args.val_split) != args.val_split
     if (other_val or settings.get("allow_val_in_train")) and not args.allow_val_in_train:
@@ -876,8 +913,7 @@ def save_epoch(args, trainer, files):
     In the first epoch there is no `last` yet, so one that says "nothing done yet" goes before.
     """
     if trainer.epoch == 1:
-        nothing_done = {"epoch": 0, "optimizer": {}, "settings": settings_of(args)}
-        save_whole(nothing_done, files.last)
+        save_whole(nothing_done(args), files.last)
     if trainer.best["epoch"] == trainer.epoch:
         save_whole(trainer.shipped(), files.best)
     if trainer.epoch % args.checkpoint_interval == 0:

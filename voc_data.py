@@ -28,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -525,6 +526,9 @@ def list_extra_images(folder, root, excluded):
 # ------------------------------------------------------------------------ caches: decode once
 
 CACHE_VERSION = 1  # raise it when the content of a cache changes
+# The caches are mapped read-only: a writable private map of a file that is larger than the memory
+# is refused. torch warns once that it cannot mark such an array; nothing writes into one.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 class ArrayStore:
@@ -545,7 +549,7 @@ class ArrayStore:
 
     def __getitem__(self, index):
         if self.memory is None:  # opened in the process that reads
-            self.memory = np.memmap(self.path, self.dtype, mode="c").view(np.ndarray)
+            self.memory = np.memmap(self.path, self.dtype, mode="r").view(np.ndarray)
         shape = self.shapes[index]
         end = self.ends[index]
         return self.memory[end - shape.prod() : end].reshape(shape)
@@ -660,7 +664,7 @@ def image_size(path):
     try:
         with Image.open(path) as picture:
             return picture.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error})") from error
 
 
@@ -820,7 +824,7 @@ def resize_longest(image, longest):
     return TF.resize(image, [max(1, round(height * factor)), max(1, round(width * factor))])
 
 
-def cutmix(batch):
+def cutmix(images, labels, teacher_maps):
     """Give each image of a batch a rectangle of the one before it, its labels and teacher maps too.
 
     The rectangle has half the area of the image, any place and aspect ratio up to 2, the same in
@@ -831,25 +835,27 @@ def cutmix(batch):
     https://arxiv.org/abs/1906.01916
 
     Args:
-        batch: a dict of tensors; those of (N, ..., H, W), at any resolution, are mixed.
+        images: (N, 3, H, W).
+        labels: (N, H, W).
+        teacher_maps: {key: (N, C, h, w)} of the same extent, at any resolution.
 
     Returns:
-        such a dict; the tensors of the old one are left as they were.
+        the three, mixed, in new tensors.
     """
     power, at_y, at_x = torch.rand(3).tolist()
     sides = 0.5**power, 0.5 ** (1 - power)  # height and width, as shares of the image's
     starts = at_y * (1 - sides[0]), at_x * (1 - sides[1])
-    mixed = {}
-    for key, value in batch.items():
-        if value.ndim >= 3:
-            rows, columns = (
-                slice(round(start * length), round((start + side) * length))
-                for start, side, length in zip(starts, sides, value.shape[-2:])
-            )
-            value = value.clone()
-            value[..., rows, columns] = value[..., rows, columns].roll(1, dims=0)
-        mixed[key] = value
-    return mixed
+
+    def mixed(value):
+        rows, columns = (
+            slice(round(start * length), round((start + side) * length))
+            for start, side, length in zip(starts, sides, value.shape[-2:])
+        )
+        value = value.clone()
+        value[..., rows, columns] = value[..., rows, columns].roll(1, dims=0)
+        return value
+
+    return mixed(images), mixed(labels), {key: mixed(v) for key, v in teacher_maps.items()}
 
 
 def normalise(images, colour=None, memory_format=torch.contiguous_format):
@@ -1011,6 +1017,19 @@ def quiet_worker(_):
     sys.excepthook = lambda *_: None
 
 
+def check_batch_size(batch_size, images, world_size=1):
+    """Refuse an epoch of `images` images that has not one batch for each process.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if images // world_size < batch_size:
+        raise UsageError(
+            f"--batch_size {batch_size} is more than the {images // world_size} training images "
+            "that an epoch has for each process"
+        )
+
+
 def train_loader(
     dataset, batch_size, workers, seed=0, rank=0, world_size=1, epoch_images=None, pin_memory=False
 ):
@@ -1020,11 +1039,7 @@ def train_loader(
         UsageError: there are fewer images than one batch needs.
     """
     sampler = EpochSampler(len(dataset), seed, rank, world_size, epoch_images)
-    if len(sampler) < batch_size:
-        raise UsageError(
-            f"--batch_size {batch_size} is more than the {len(sampler)} training images there are "
-            "in an epoch for each process"
-        )
+    check_batch_size(batch_size, epoch_images or len(dataset), world_size)
     return DataLoader(
         dataset,
         batch_size,

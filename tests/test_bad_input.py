@@ -409,7 +409,7 @@ BAD_FLAGS = [
     "--amp float16", "--model huge", "--kd_mode both", "--optimizer adam", "--schedule step",
     "--kd_levels top", "--train_split val", "--extra_images voc", "--save_dir", "--no_such_flag",
     "--kd_mode response --teacher resnet9000", "--class_balance 2", "--class_balance -1",
-    "--cutmix 2", "--cutmix -0.1", "--epoch_images -1",
+    "--cutmix 2", "--cutmix -0.1", "--cutmix 0.5 --batch_size 1", "--epoch_images -1",
     "--freeze high", "--init any.pth", "--kd_levels low --kd_mode feature --freeze low",
 ]  # fmt: skip
 

@@ -151,29 +151,25 @@ def test_eval_transform_resizes_the_image_alone():
 def test_cutmix_moves_a_rectangle_of_all_that_is_known_of_an_image():
     """Every tensor holds the number of its image, so what came from where can be read off."""
     number = torch.arange(4, dtype=torch.uint8).view(4, 1, 1)
-    batch = {
-        "image": number[:, None].expand(4, 3, 96, 64).contiguous(),
-        "mask": number.expand(4, 96, 64).contiguous(),
-        "out": number[:, None].expand(4, 21, 24, 16).half(),
-        "colour": torch.rand(4, 3), "index": torch.arange(4),
-    }  # fmt: skip
+    images = number[:, None].expand(4, 3, 96, 64).contiguous()
+    labels = number.expand(4, 96, 64).contiguous()
+    maps = {"out": number[:, None].expand(4, 21, 24, 16).half()}
     places = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        mixed = voc_data.cutmix(batch)
-        pasted = mixed["mask"] == (number - 1) % 4
-        assert (pasted | (mixed["mask"] == number)).all()
+        mixed_images, mixed, mixed_maps = voc_data.cutmix(images, labels, maps)
+        pasted = mixed == (number - 1) % 4
+        assert (pasted | (mixed == number)).all()
         assert pasted[0].float().mean() == pytest.approx(0.5, abs=0.02)
         rows, columns = pasted[0].nonzero().T
         assert pasted[0][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
         places.add((rows.min().item(), columns.min().item(), rows.max().item()))
-        assert (mixed["image"] == mixed["mask"][:, None]).all()
-        coarse = mixed["mask"][:, None, 1::4, 1::4]
-        assert (mixed["out"] == coarse).float().mean() > 0.85  # up to half a cell at the border
-        assert mixed["colour"] is batch["colour"] and mixed["index"] is batch["index"]
-        assert (batch["mask"] == number).all()  # the batch itself is as it was
+        assert (mixed_images == mixed[:, None]).all()
+        coarse = mixed[:, None, 1::4, 1::4]
+        assert (mixed_maps["out"] == coarse).float().mean() > 0.85  # half a cell at the border
+        assert (labels == number).all()  # the batch itself is as it was
         torch.manual_seed(seed)
-        assert torch.equal(voc_data.cutmix(batch)["mask"], mixed["mask"])
+        assert torch.equal(voc_data.cutmix(images, labels, {})[1], mixed)
     assert len(places) > 15
 
 
@@ -352,6 +348,12 @@ def test_pixel_cache_gives_what_decoding_gives(items, tmp_path):
     assert torch.equal(decoded.pixel_counts(), kept.pixel_counts())
 
 
+def test_caches_are_mapped_read_only(items, tmp_path):
+    """A writable map of a file larger than the memory would be refused by the system."""
+    images, _ = voc_data.pixel_cache(items, tmp_path)
+    assert not images[0].flags.writeable
+
+
 def test_pixel_counts_are_those_of_the_masks_without_void_and_unlabelled(items):
     masks = [voc_data.read_item(item)[1][::4] for item in items]
     expected = [sum(int((mask == label).sum()) for mask in masks) for label in range(21)]
@@ -392,6 +394,14 @@ def test_cache_that_failed_halfway_leaves_nothing(items, tmp_path):
 def picture(height=12, width=20):
     rng = np.random.default_rng(1)
     return rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_picture_of_too_many_pixels_is_refused_by_its_name(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for read in (voc_data.read_image, voc_data.image_size):
+        with pytest.raises(DataError, match="huge.png cannot be read"):
+            read(tmp_path / "huge.png")
 
 
 def test_grey_picture_becomes_three_equal_channels(tmp_path):

@@ -135,12 +135,13 @@ class Exported(nn.Module):
         return out | {"low": low, "mid": mid, "high": high} if self.levels else out
 
 
-def export(folder, **options):
+def export(folder, any_size=True, **options):
     """Save an `Exported` as .pt2, for any batch and size; returns the network and the path."""
     torch.manual_seed(1)
     network = Exported(**options).eval()
     anything = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    program = torch.export.export(network, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=(anything,))
+    shapes = (anything,) if any_size else None
+    program = torch.export.export(network, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=shapes)
     torch.export.save(program, folder / "teacher.pt2")
     return network, folder / "teacher.pt2"
 
@@ -174,6 +175,11 @@ def test_exported_teacher_without_features_is_refused_for_feature_mode_alone(tmp
 def test_exported_teacher_with_other_classes_is_refused(tmp_path):
     with pytest.raises(DataError, match="gives 5 classes; VOC has 21"):
         load_teacher(export(tmp_path, classes=5)[1])
+
+
+def test_teacher_exported_for_one_size_is_refused_with_the_way_to_export_it(tmp_path):
+    with pytest.raises(DataError, match="teacher.pt2 does not take .* with dynamic_shapes"):
+        load_teacher(export(tmp_path, any_size=False)[1])
 
 
 def test_student_checkpoint_with_other_classes_is_refused(tmp_path):

@@ -243,6 +243,68 @@ def test_restart_by_torchrun_goes_on_even_where_the_flags_say_afresh(tmp_path, m
     assert train.find_resume(args, files)["epoch"] == 3
 
 
+def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
+    runs, tiny_voc, tmp_path
+):
+    """Before the first epoch: whatever cuts the run off then, it can go on from --save_dir."""
+    last, best = runs / "last_ultracompact_none.pth", runs / "best_model_ultracompact_none.pth"
+    for name, has_best in (("with", True), ("without", False)):
+        source = tmp_path / name / "from"
+        source.mkdir(parents=True)
+        for file in (last, best) if has_best else (last,):
+            shutil.copyfile(file, source / file.name)
+        save = tmp_path / name / "to"
+        args = parsed(tiny_voc, save, "none", "fcn_resnet50", "--resume", source / last.name)
+        train.main(args)  # all epochs are done already
+        before, after = (torch.load(path / last.name) for path in (runs, save))
+        assert equal(after["averaged"], before["averaged"]) and after["epoch"] == before["epoch"]
+        if has_best:
+            assert (save / best.name).read_bytes() == best.read_bytes()
+            assert after["best"] == before["best"]
+        else:
+            assert not (save / best.name).exists() and after["best"]["epoch"] == 0
+
+
+def test_fresh_start_that_is_cut_off_in_its_first_epoch_is_not_the_older_run(
+    runs, tiny_voc, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    shutil.copytree(runs, tmp_path / "s")
+    flags = ["--resume", "none", "--overwrite"]
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *flags)
+    monkeypatch.setattr(train.Training, "train_one_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(args)
+    files = train.RunFiles(tmp_path / "s", "ultracompact_none")
+    args.resume, args.overwrite = "auto", False
+    assert train.find_resume(args, files)["epoch"] == 0
+    assert digest(files.best) == digest(runs / files.best.name)
+
+
+def test_own_file_may_be_named_by_another_path(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    files = train.RunFiles(runs, "ultracompact_none")
+    for path in (files.last, files.last.name, f"../{runs.name}/{files.last.name}"):
+        args = train.get_args_parser().parse_args(["--resume", str(path)])
+        assert train.find_resume(args, files)["epoch"] > 0
+
+
+def test_run_of_a_version_with_fewer_flags_goes_on_where_the_new_ones_are_off(runs, tiny_voc):
+    args = parsed(tiny_voc, runs, "none", "fcn_resnet50")
+    train.check_args(args)
+    train.setup_processes(args)
+    resumed = torch.load(runs / "last_ultracompact_none.pth")
+    args.data_key = resumed["settings"]["data_key"]
+    for name in ("cutmix", "freeze", "epoch_images", "init"):
+        del resumed["settings"][name]
+    train.check_same_settings(args, resumed)
+    args.cutmix = 0.5
+    with pytest.raises(UsageError, match="cutmix .was 0.0, now 0.5"):
+        train.check_same_settings(args, resumed)
+
+
 def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_file, tmp_path):
     """Batches of both sizes go through a step; the same seed cuts the same part of a picture."""
     more = ["--early_epochs", 2, "--early_crop", 48, "--crop_size", 96, "--epochs", 3]
@@ -263,22 +325,43 @@ def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_fi
     assert (smaller == batches[48]["mask"]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("cache", ["auto", "none"])
 @pytest.mark.parametrize("mode", ["none", "response", "feature"])
-def test_cutmix_step_is_a_step_on_the_mixed_batch(mode, tiny_voc, teacher_file, tmp_path):
-    mixing, loader = begin(tiny_voc, tmp_path, mode, teacher_file, "--cutmix", 1)
-    plain, _ = begin(tiny_voc, tmp_path, mode, teacher_file)
+def test_cutmix_mixes_the_images_and_what_was_said_of_them(
+    mode, cache, tiny_voc, teacher_file, tmp_path, monkeypatch
+):
+    """The student sees mixed images; the teacher never does, but its answers are mixed likewise."""
+    more = ["--cutmix", 1, "--teacher_cache", cache]
+    trainer, loader = begin(tiny_voc, tmp_path, mode, teacher_file, *more)
+    calls, cutmix, compute_losses = {}, voc_data.cutmix, train.compute_losses
+
+    def watched_cutmix(*batch):
+        calls["before"], calls["after"] = batch, cutmix(*batch)
+        return calls["after"]
+
+    def watched_losses(args, logits, features, labels, taught, weights):
+        assert labels is calls["after"][1] and taught is calls["after"][2]
+        return compute_losses(args, logits, features, labels, taught, weights)
+
+    def watched_student(module, inputs):
+        assert inputs[0] is calls["after"][0]
+
+    monkeypatch.setattr(voc_data, "cutmix", watched_cutmix)
+    monkeypatch.setattr(train, "compute_losses", watched_losses)
+    trainer.module.register_forward_pre_hook(watched_student)
     batch = next(iter(loader))
-    torch.manual_seed(5)
-    got = mixing.step(batch, 0)
-    torch.manual_seed(5)
-    torch.rand(())  # whether to mix
-    expected = plain.step(voc_data.cutmix(batch), 0)
-    assert got == expected != plain.step(batch, 0)
+    assert trainer.step(batch, 0)["loss"].isfinite()
+    images, labels, taught = calls["before"]
+    assert torch.equal(labels, batch["mask"])
+    if mode != "none":
+        expected = trainer.ask_teacher(images, batch)
+        assert taught.keys() == calls["after"][2].keys() == expected.keys() != set()
+        assert all(torch.equal(taught[key], expected[key]) for key in taught)
 
 
 def test_cutmix_takes_the_share_of_the_steps_that_is_wanted(tiny_voc, tmp_path, monkeypatch):
     mixed = []
-    monkeypatch.setattr(voc_data, "cutmix", lambda batch: mixed.append(1) or batch)
+    monkeypatch.setattr(voc_data, "cutmix", lambda *batch: mixed.append(1) or batch)
     for share, allowed in ((0, [0]), (0.5, range(4, 17)), (1, [20])):
         more = ["--cutmix", share]
         trainer, loader = begin(tiny_voc, tmp_path, "none", "fcn_resnet50", *more)
