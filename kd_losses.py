@@ -278,8 +278,8 @@ class Teacher(nn.Module):
             trial = self(torch.zeros(2, 3, 65, 65, device=device))
         except (RuntimeError, AssertionError) as error:  # a program that was exported for one size
             raise DataError(
-                f"the teacher {name} does not take two images of 65x65 ({first_line(error)}). A .pt2 "
-                "file must be exported with dynamic_shapes for dimensions 0, 2 and 3"
+                f"the teacher {name} does not take two images of 65x65 ({first_line(error)}). A "
+                ".pt2 file must be exported with dynamic_shapes for dimensions 0, 2 and 3"
             ) from error
         self.channels = {key: value.shape[1] for key, value in trial.items()}
         if self.channels.get("out") != NUM_CLASSES:

@@ -704,7 +704,7 @@ def nearest(length, new_length):
 
 
 class RandomScaledCrop(v2.Transform):
-    """Scale the image at random and cut a square out of it, padded where it does not reach; flip it.
+    """Scale an image at random, cut a square out of it, padded where it does not reach, and flip.
 
     The square is cut before it is scaled, so a crop costs the same however large the image is.
     Images are resized bilinearly (antialiased), masks by nearest neighbour, teacher maps are

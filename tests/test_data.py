@@ -310,7 +310,8 @@ def test_ranks_of_epoch_sampler_share_the_data_without_overlap():
 
 @pytest.mark.parametrize("epoch_images", [4, 10, 25])
 def test_epochs_of_another_length_go_on_in_the_same_shuffles(epoch_images):
-    shuffles, counted = voc_data.EpochSampler(10, 5), voc_data.EpochSampler(10, 5, 0, 1, epoch_images)
+    shuffles = voc_data.EpochSampler(10, 5)
+    counted = voc_data.EpochSampler(10, 5, 0, 1, epoch_images)
     assert len(counted) == epoch_images
     keys, expected = [], []
     for epoch in range(10):
