@@ -484,9 +484,6 @@ def find_data(args):
     if args.extra_images:
         excluded = {item.id for item in train_items} | val_ids
         train_items += voc_data.list_extra_images(args.extra_images, root, excluded)
-    voc_data.check_batch_size(
-        args.batch_size, args.epoch_images or len(train_items), args.world_size
-    )
     shared = sorted(val_ids & {item.id for item in train_items})
     if shared and not args.allow_val_in_train:
         raise UsageError(
@@ -494,6 +491,8 @@ def find_data(args):
             f"{args.val_split} too ({', '.join(shared[:3])}, ...): the report would be on images "
             "that were trained on. Choose other lists, or ask for it with --allow_val_in_train"
         )
+    images = args.epoch_images or len(train_items)
+    voc_data.check_batch_size(args.batch_size, images, args.world_size)
     return root, train_items, val_items
 
 

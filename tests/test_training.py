@@ -92,9 +92,10 @@ def without_times(records):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_falls_over_the_epochs_in_every_mode(runs, mode):
+    """On the same images each time: training batches of 8 are of other pictures, and vary more."""
     records = history(runs, mode)
-    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
-    assert records[-1]["ce"] < 0.9 * records[0]["ce"]
+    losses = [record["val_loss"] for record in records]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
     beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[mode]
     for record in records:
         assert record["loss"] == pytest.approx(record["ce"] + beta * record["kd"], rel=1e-4)
