@@ -38,7 +38,9 @@ LAYOUTS = {  # name: (where the VOC folder lies, what --data_root says)
     "Kaggle, the outer folder": (DOUBLED, "VOC2012_train_val"),
     "Kaggle, the inner folder": (DOUBLED, DOUBLED),
     "Kaggle, in a folder of its own": (f"pascal-voc-2012-dataset/{DOUBLED}", "."),
-    "spaces and non-ASCII letters": (f"Données de thèse/日本 VOC/{OFFICIAL}", "Données de thèse"),
+    "spaces and non-ASCII letters": (
+        f"Données de thèse/日本 VOC/{OFFICIAL}", "Données de thèse",
+    ),
 }
 
 

@@ -91,11 +91,13 @@ def without_times(records):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_loss_falls_over_the_epochs_in_every_mode(runs, mode):
-    """On the same images each time: training batches of 8 are of other pictures, and vary more."""
-    records = history(runs, mode)
-    losses = [record["val_loss"] for record in records]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
+def test_loss_falls_over_the_epochs_in_every_mode(mode, tiny_voc, teacher_file, tmp_path):
+    """A run of its own: over the few steps of `runs` the luck of the crops is as large as the fall."""
+    train.main(parsed(tiny_voc, tmp_path / "s", mode, teacher_file, "--epochs", 16))
+    records = history(tmp_path / "s", mode)
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert records[-1]["ce"] < 0.9 * records[0]["ce"]
+    assert records[-1]["val_loss"] < 0.95 * records[0]["val_loss"]
     beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[mode]
     for record in records:
         assert record["loss"] == pytest.approx(record["ce"] + beta * record["kd"], rel=1e-4)
