@@ -353,11 +353,11 @@ def write_runs_table(rows, path):
 def choices(row, but=()):
     """The settings of a row that say what its run computed, without those named in `but`.
 
-    What is 0, None, False or "none" is off, as it was before there was such a setting: left out.
+    What is off is left out, as it was before there was such a setting.
     """
     settings = row.get("settings", {})
     names = (name for name in settings if name not in NO_CHOICES | set(but))
-    return {name: settings[name] for name in names if settings[name] not in (0, None, "none")}
+    return {name: settings[name] for name in names if settings[name] not in voc_data.OFF}
 
 
 def differing_settings(row, rows):

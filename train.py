@@ -353,12 +353,12 @@ def settle_files(args, trainer, files, resumed):
     """
     if resumed and not same_path(resumed["path"], files.last):
         best = Path(resumed["path"]).with_name(files.best.name)
-        best_weights = from_first(args, lambda: best.read_bytes() if best.is_file() else None)
-        if best_weights is None:
+        has_best = from_first(args, best.is_file)
+        if not has_best:
             trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
-        elif args.rank == 0:
-            write_whole(best_weights, files.best)
         if args.rank == 0:
+            if has_best:
+                write_whole(best.read_bytes(), files.best)
             save_whole(trainer.state_dict(), files.last)
     elif not resumed and args.rank == 0 and files.last.exists():
         save_whole(nothing_done(args), files.last)
@@ -373,8 +373,8 @@ def check_same_settings(args, resumed):
     """Refuse to continue a run with other settings, and say which."""
     now, defaults = settings_of(args), vars(get_args_parser().parse_args([]))
     # A setting that the version before did not have, and that is off by default, was off.
-    unknown = {name for name in defaults if defaults[name] in (None, False, 0, "none")}
-    before = {name: defaults[name] for name in unknown} | resumed["settings"]
+    off = {name: value for name, value in defaults.items() if value in voc_data.OFF}
+    before = off | resumed["settings"]
     differing = [
         f"{name} (was {before.get(name)}, now {now.get(name)})"
         for name in sorted(now.keys() | before.keys())

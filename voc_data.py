@@ -121,6 +121,9 @@ def check_flags(args, rules):
             raise UsageError(f"--{name} must be {wanted}, not {getattr(args, name)}")
 
 
+OFF = (None, 0, "none")  # a setting of such a value (False is 0) is as if there were none
+
+
 def end_quietly(*_):
     """On SIGTERM: leave by way of SystemExit, so that a run can say where it stopped."""
     if hasattr(signal, "SIGCHLD"):  # loader workers may end first; that is no news
@@ -1039,7 +1042,7 @@ def train_loader(
         UsageError: there are fewer images than one batch needs.
     """
     sampler = EpochSampler(len(dataset), seed, rank, world_size, epoch_images)
-    check_batch_size(batch_size, epoch_images or len(dataset), world_size)
+    check_batch_size(batch_size, sampler.epoch_images, world_size)
     return DataLoader(
         dataset,
         batch_size,
