@@ -130,7 +130,7 @@ def response_based_kd_loss(
     divergence = (soft * (teacher - student)).sum(dim=1)  # (N, h, w)
     if class_weights is not None:
         expected = soft if temperature == 1 else F.softmax(teacher_logits.float(), dim=1)
-        divergence = divergence * torch.einsum("nchw,c->nhw", expected, class_weights)
+        divergence = divergence * (expected * class_weights.view(-1, 1, 1)).sum(dim=1)
     return temperature**2 * masked_mean(divergence, labels != VOID)
 
 

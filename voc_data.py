@@ -779,13 +779,17 @@ class RandomScaledCrop(v2.Transform):
         for axis in (0, 1):
             start, cut = params["source"][axis], params["source"][axis + 2]
             out_start, reach = params["target"][axis], params["target"][axis + 2]
-            centre = (torch.arange(cells) + 0.5) * self.size / cells  # pixels of the crop
-            pixel = start + (centre - out_start) * cut / reach  # pixels of the image
-            axes.append(2 * pixel / params["image_size"][axis] - 1)
+            ends = []  # the centres of the first and the last cell, -1..1 over the image
+            for centre in (0.5 * self.size / cells, (cells - 0.5) * self.size / cells):
+                pixel = start + (centre - out_start) * cut / reach
+                ends.append(2 * pixel / params["image_size"][axis] - 1)
+            axes.append(torch.linspace(*ends, cells))
+        if params["flip"]:
+            axes[1] = axes[1].flip(0)
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)  # (h, w, xy)
         values = teacher_map.as_subclass(torch.Tensor)[None].float()
         out = F.grid_sample(values, grid[None], padding_mode="border", align_corners=False)[0]
-        return TeacherMap((out.flip(-1) if params["flip"] else out).to(teacher_map.dtype))
+        return TeacherMap(out.to(teacher_map.dtype))
 
 
 class RandomColour(v2.Transform):
