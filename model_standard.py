@@ -15,9 +15,9 @@
                    logits (N, 21, H/4, W/4)  -- bilinear -->  (N, 21, H, W)
 
 What it spends over the ultra-compact model: the last three blocks of the backbone, which hold most
-of its ImageNet knowledge of objects, one pointwise convolution for each scale of the ASPP and a
-learned projection over all of them, and a decoder that concatenates its skips. The last three
-blocks have a stride of 2 in the classifier; here their kernels are dilated by 2 instead, so that
+of its weights, one pointwise convolution for each scale of the ASPP and a learned projection over
+all of them, and a decoder that concatenates its skips. In the classifier the first of those blocks
+has a stride of 2; here it has none, and the kernels of all three are dilated by 2 instead, so that
 the map stays at stride 16 with the same weights (torchvision's `dilated=True`).
 
 References:
@@ -144,9 +144,9 @@ class StandardSegmentationModel(nn.Module):
             output_size: (height, width) of the logits, in place of the image's.
 
         Returns:
-            logits (N, num_classes, H, W); with `return_features`, `(logits, features)`, features
-            being a dict of "low" (N, 16, H/4, W/4), "mid" (N, 24, H/8, W/8) and "high", the output
-            of the ASPP (N, 128, H/16, W/16), sizes rounded up.
+            logits (N, num_classes, H, W), or of `output_size`; with `return_features`, `(logits,
+            features)`, features being a dict of "low" (N, 16, H/4, W/4), "mid" (N, 24, H/8, W/8)
+            and "high", the output of the ASPP (N, 128, H/16, W/16), sizes rounded up.
         """
         low, mid, top = self.backbone(image)  # (N, 16, H/4, W/4), (N, 24, H/8, W/8), H/16
         high = self.aspp(top)  # (N, 128, H/16, W/16)

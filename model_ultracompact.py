@@ -14,11 +14,12 @@
                      |  dropout, 1x1 classifier
                    logits (N, 21, H/4, W/4)  -- bilinear -->  (N, 21, H, W)
 
-Where the parameters go, and why. A MobileNetV3 block spends most of its weights on channels, not
-on pixels, so the last three blocks (96 channels) hold 3.6 times the weights of all the others
-together; the network stops before them. The atrous convolutions of the ASPP are depthwise (nine
-weights a channel) and share one pointwise projection, so three more scales cost almost nothing. The
-decoder adds its skips instead of concatenating them, which halves the convolution that follows.
+Where the parameters go, and why. Most weights of a MobileNetV3 block are in its 1x1 convolutions
+and grow with the square of the channels, so the last three blocks (96 channels) hold 3.6 times the
+weights of all the others together; the network stops before them. The atrous convolutions of the
+ASPP are depthwise (nine weights a channel) and share one pointwise projection, so three more scales
+cost almost nothing. The decoder adds its skips instead of concatenating them, which halves the
+convolution that follows.
 
 References:
     Howard et al. 2019, Searching for MobileNetV3, https://arxiv.org/abs/1905.02244
@@ -142,9 +143,9 @@ class UltraCompactSegmentationModel(nn.Module):
             output_size: (height, width) of the logits, in place of the image's.
 
         Returns:
-            logits (N, num_classes, H, W); with `return_features`, `(logits, features)`, features
-            being a dict of "low" (N, 16, H/4, W/4), "mid" (N, 24, H/8, W/8) and "high", the output
-            of the ASPP (N, 64, H/16, W/16), sizes rounded up.
+            logits (N, num_classes, H, W), or of `output_size`; with `return_features`, `(logits,
+            features)`, features being a dict of "low" (N, 16, H/4, W/4), "mid" (N, 24, H/8, W/8)
+            and "high", the output of the ASPP (N, 64, H/16, W/16), sizes rounded up.
         """
         low, mid, top = self.backbone(image)  # (N, 16, H/4, W/4), (N, 24, H/8, W/8), H/16
         high = self.aspp(top)  # (N, 64, H/16, W/16)

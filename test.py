@@ -86,7 +86,8 @@ def main(args):
         return
     root = voc_data.find_voc(args.data_root, download=True)
     items = voc_data.list_items(root, args.val_split)
-    rows = [measure(args, student, items, device) for student in students]
+    costs = measure_costs(args, students, device)
+    rows = [measure(args, student, items, device, costs[student.model]) for student in students]
     add_gains(rows)
     rows += teacher_rows(output, like=rows[0])
     write_tables(rows, output, f"{len(items)} images of '{args.val_split}'")
@@ -174,7 +175,20 @@ def load_students(args, device):
 # ------------------------------------------------------------------------------------ measuring
 
 
-def measure(args, student, items, device):
+def measure_costs(args, students, device):
+    """{model: its cost}: once for each, for what it costs does not depend on its weights."""
+    costs = {}
+    for student in students:
+        if student.model not in costs:
+            cost = voc_data.measure_cost(
+                student.network, device, args.speed_size, args.speed_repeats
+            )
+            cost["parameters"] = student.parameters  # as trained, not as folded
+            costs[student.model] = cost
+    return costs
+
+
+def measure(args, student, items, device, cost):
     """Everything about one student, as plain values; prints its per-class table."""
     data = voc_data.VOCDataset(items, voc_data.EvalTransform(student.eval_size))
     ious = {}
@@ -188,8 +202,6 @@ def measure(args, student, items, device):
         student.network, voc_data.eval_loader(data, args.workers), device, on_image=remember
     )
     matrix = result.matrix
-    cost = voc_data.measure_cost(student.network, device, args.speed_size, args.speed_repeats)
-    cost["parameters"] = student.parameters  # as trained, not as folded
     row = voc_data.result_row(result, cost, args.val_split, student.eval_size, device)
     print(f"\n{student.path} ({result.images} images of '{args.val_split}')\n{matrix}")
     if student.saw_val:

@@ -4,8 +4,9 @@
     python test_pretrained_fcn.py --teacher deeplabv3_resnet50          another torchvision network
     python test_pretrained_fcn.py --teacher_weights fcn.pth             weights from disk
 
-Through the same `evaluate` as the students. Prints mIoU, per-class IoU, parameters and latency, and
-leaves its row for the comparison table of test.py in --output_dir.
+Through the same `evaluate` as the students, at each image's own size; train.py shows a teacher
+images of 513 px, which is `--eval_size 513` here. Prints mIoU, per-class IoU, parameters and
+latency, and leaves its row for the comparison table of test.py in --output_dir.
 
 torchvision reports 60.5 % mIoU for these weights on COCO val2017 with the VOC labels, which is
 another test: https://docs.pytorch.org/vision/stable/models.html
@@ -27,7 +28,10 @@ def get_args_parser():
         description="Measure a pretrained teacher on VOC 2012 val.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--teacher", default="fcn_resnet50", help="as in train.py")
+    parser.add_argument(
+        "--teacher", default="fcn_resnet50",
+        help="a torchvision segmentation model, a .pth of this project or a .pt2 of torch.export",
+    )  # fmt: skip
     parser.add_argument("--teacher_weights", metavar="FILE", help="a state dict, on disk")
     parser.add_argument("--data_root", help="where VOC 2012 is, in any usual layout, or 'sample'")
     parser.add_argument("--val_split", default="val", help="list in ImageSets/Segmentation")

@@ -1,10 +1,10 @@
 """Train a compact student on PASCAL VOC 2012, alone or taught by a larger network.
 
-    python train.py --model ultracompact --kd_mode none
-    python train.py --model ultracompact --kd_mode response
-    python train.py --model ultracompact --kd_mode feature
-    python train.py --data_root sample --no_pretrained --epochs 3      # a try without any download
-    torchrun --nproc_per_node=2 train.py ...                           # two GPUs
+    python train.py --model ultracompact --kd_mode none --save_dir runs/voc
+    python train.py --model ultracompact --kd_mode response --save_dir runs/voc
+    python train.py --model ultracompact --kd_mode feature --save_dir runs/voc
+    python train.py --data_root sample --no_pretrained --epochs 3 --save_dir runs/try  # no download
+    torchrun --nproc_per_node=2 train.py ...                                           # two GPUs
 
 One loop for all modes: the mode changes the criterion, nothing else. The same command again
 continues a run that was cut off, from its last whole epoch, to the same weights (bit by bit on a

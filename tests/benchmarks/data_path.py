@@ -4,9 +4,10 @@
 
 Every pipeline reads the same files and ends in normalised float batches of the same size; the last
 one ends in bytes, which a GPU would jitter and normalise (`voc_data.normalise`) while the CPU goes
-on. The first pass over the data (which fills caches) is not timed; the passes are taken in turn,
-A B C A B C, and the table gives the median of each and the ratio to the reference. `--copies N` reads the list N
-times over, each copy with pixels of its own in the cache, to stand for a larger data set.
+on. The first pass over the data (which fills caches) is not timed; the passes are taken in turn, A
+B C A B C, and the table gives the median of each and the ratio to the reference. `--copies N` reads
+the list N times over, each copy with pixels of its own in the cache, to stand for a larger data
+set.
 """
 
 import argparse
@@ -140,7 +141,7 @@ def main(args):
         for name, v in speeds.items()
     ]  # fmt: skip
     what = (
-        f"From disk to normalised batches of {args.batch_size} crops of {args.crop_size} px: "
+        f"From disk to ready batches of {args.batch_size} crops of {args.crop_size} px: "
         f"{len(items):,} images, {args.workers} workers, median of {args.passes} passes in turn"
     )
     publish(what, rows, ("pipeline", "img/s", "range", "times the reference"), args.output)

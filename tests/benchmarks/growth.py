@@ -9,6 +9,7 @@ pages that it only maps.
 
 import argparse
 import multiprocessing
+import queue
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ def anonymous_memory():
 
 
 def measure(args, factor, results):
-    """Train two epochs on `factor` copies of the list; put (seconds, MB) of the second."""
+    """Train two epochs on `factor` copies of the list; put (images, seconds, MB) of the second."""
     root = voc_data.find_voc(args.data_root, download=True)
     items = voc_data.list_items(root, args.split)[: args.images]
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -47,7 +48,17 @@ def measure(args, factor, results):
         training.train_one_epoch(loader)
         start = time.perf_counter()
         training.train_one_epoch(loader)
-        results.put((time.perf_counter() - start, anonymous_memory()))
+        results.put((len(items) * factor, time.perf_counter() - start, anonymous_memory()))
+
+
+def result_of(process, results):
+    """What the process puts into the queue; ends the script where it dies without a word."""
+    while True:
+        try:
+            return results.get(timeout=5)
+        except queue.Empty:
+            if not process.is_alive():
+                sys.exit(f"a measuring process ended with status {process.exitcode}")
 
 
 def get_args_parser():
@@ -66,14 +77,13 @@ def main(args):
         results = context.Queue()
         process = context.Process(target=measure, args=(args, factor, results))
         process.start()
-        seconds, memory = results.get()
+        rows.append((factor, *result_of(process, results)))
         process.join()
-        rows.append((factor, seconds, memory))
-    _, base_seconds, base_memory = rows[0]
+    _, _, base_seconds, base_memory = rows[0]
     rows = [
-        (f"{factor}x", factor * args.images, f"{seconds:.1f}", f"{seconds / base_seconds:.2f}",
+        (f"{factor}x", images, f"{seconds:.1f}", f"{seconds / base_seconds:.2f}",
          f"{memory:.0f}", f"{memory / base_memory:.2f}")
-        for factor, seconds, memory in rows
+        for factor, images, seconds, memory in rows
     ]  # fmt: skip
     what = "The second epoch of a new process; memory of its own at the end of it"
     headers = ("data", "images", "s an epoch", "times 1x", "memory MB", "times 1x")

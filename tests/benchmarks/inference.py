@@ -47,7 +47,9 @@ def get_args_parser():
     parser.add_argument("--rounds", type=int, default=25, help="at most, for each size and batch")
     parser.add_argument("--seconds", type=float, default=30, help="after so many, 3 rounds will do")
     parser.add_argument("--output", help="write the table to this file")
-    parser.add_argument("--skip", nargs="*", default=[], help="networks to leave out")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=OTHERS[1:], help="networks to leave out"
+    )
     return parser
 
 

@@ -5,8 +5,11 @@
 
 The same network, images, crop size, batch size and workers. The reference decodes every JPEG in
 every epoch, augments whole images one by one, takes the loss at full resolution and reads it at
-every step, as references/segmentation/train.py does. With --teacher, what each way to listen to it
-costs over mode none. Epochs run in turn; the first of each (which fills the caches) is not counted.
+every step, as references/segmentation/train.py does; SGD, no averaged weights. Ours is train.py as
+it is by default (AdamW, class weights, averaged weights, the loss at a quarter of the resolution),
+then with the loss at full resolution, then with the shallow half of the backbone frozen. With
+--teacher, what each way to listen to it costs over mode none. Epochs run in turn; the first of each
+(which fills the caches) is not counted.
 """
 
 import argparse
@@ -70,6 +73,7 @@ def loops_to_compare(args, items, cache_dir):
         return {
             "torchvision reference": reference_epoch(args, items),
             "ours": our_epoch(args, items, cache_dir),
+            "ours, --loss_stride 1": our_epoch(args, items, cache_dir, "--loss_stride", "1"),
             "ours, --freeze mid": our_epoch(args, items, cache_dir, "--freeze", "mid"),
         }
     loops = {"none": our_epoch(args, items, cache_dir)}
