@@ -48,8 +48,9 @@ def get_args_parser():
     parser.add_argument("--seconds", type=float, default=30, help="after so many, 3 rounds will do")
     parser.add_argument("--output", help="write the table to this file")
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=OTHERS[1:], help="networks to leave out"
-    )
+        "--skip", nargs="*", default=[], choices=[*STUDENTS, *OTHERS[1:]],
+        help="networks to leave out",
+    )  # fmt: skip
     return parser
 
 
