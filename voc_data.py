@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -129,6 +130,26 @@ def end_quietly(*_):
     if hasattr(signal, "SIGCHLD"):  # loader workers may end first; that is no news
         signal.signal(signal.SIGCHLD, lambda *_: None)
     sys.exit(143)
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Let Ctrl-C and SIGTERM wait for the end of the block.
+
+    For the start of processes: what a handler raises in a hook around a fork, Python drops
+    ("Exception ignored in"), and the run would go on as if nobody had asked it to end.
+    """
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other hears of signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def fail(name, error, status):
@@ -643,13 +664,7 @@ def pixel_cache(items, cache_dir, workers=0):
     def fill(unfinished):
         images = ArrayStoreWriter(unfinished, "images", np.uint8)
         masks = ArrayStoreWriter(unfinished, "masks", np.uint8)
-        decoded = DataLoader(
-            RawPictures(items),
-            batch_size=None,
-            generator=torch.Generator(),  # leave the global one alone
-            num_workers=workers,
-            worker_init_fn=quiet_worker,
-        )
+        decoded = WorkerLoader(RawPictures(items), workers, batch_size=None)
         for image, mask in tqdm(
             decoded, "decoding once", len(items), unit="img", leave=False, disable=None
         ):
@@ -1018,9 +1033,27 @@ class ShardSampler(Sampler):
         return iter(self.indices)
 
 
+class WorkerLoader(DataLoader):
+    """A DataLoader with its own random numbers, whose workers start and end without a noise."""
+
+    def __init__(self, dataset, workers, **more):
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            worker_init_fn=quiet_worker,
+            generator=torch.Generator(),  # or it would draw from the generator that dropout uses
+            **more,
+        )
+
+    def __iter__(self):
+        with signals_held():
+            return super().__iter__()
+
+
 def quiet_worker(_):
-    """Set up a loader worker: no traceback of its thread that hands memory over when the main
-    process is interrupted. Errors of the data reach the main process another way."""
+    """Set up a loader worker: the main process ends it on Ctrl-C, without a traceback of its thread
+    that hands memory over. Errors of the data reach the main process another way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
 
@@ -1047,13 +1080,11 @@ def train_loader(
     """
     sampler = EpochSampler(len(dataset), seed, rank, world_size, epoch_images)
     check_batch_size(batch_size, sampler.epoch_images, world_size)
-    return DataLoader(
+    return WorkerLoader(
         dataset,
-        batch_size,
+        workers,
+        batch_size=batch_size,
         sampler=sampler,
-        generator=torch.Generator(),  # or it would draw from the generator that dropout uses
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
         drop_last=True,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
@@ -1064,14 +1095,7 @@ def train_loader(
 def eval_loader(dataset, workers, rank=0, world_size=1):
     """One image at a time, at its own size, in order; this rank's share."""
     sampler = ShardSampler(len(dataset), rank, world_size)
-    return DataLoader(
-        dataset,
-        batch_size=1,
-        sampler=sampler,
-        generator=torch.Generator(),
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
-    )
+    return WorkerLoader(dataset, workers, batch_size=1, sampler=sampler)
 
 
 # --------------------------------------------------------------------------------------- metric

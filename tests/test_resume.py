@@ -6,6 +6,7 @@ import signal
 import pytest
 
 import kill_test
+import voc_data
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,24 @@ def test_signals_end_a_run_cleanly(data, tmp_path):
         assert not list(run.folder.rglob("*.tmp"))
         with pytest.raises(ProcessLookupError):
             os.killpg(run.process.pid, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_signal_in_a_fork_is_not_lost():
+    """What a handler raises in a hook around fork is dropped by Python; it comes a little later."""
+    once = [signal.SIGINT]
+
+    def interrupt():
+        if once:
+            os.kill(os.getpid(), once.pop())
+
+    os.register_at_fork(after_in_parent=interrupt)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    loader = voc_data.WorkerLoader(
+        range(8), workers=1, batch_size=4, multiprocessing_context="fork"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        iter(loader)
+    assert not once
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
