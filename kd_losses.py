@@ -219,8 +219,8 @@ def load_student(path):
     try:
         student.load_state_dict(checkpoint["model_state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[-1].strip()
-        raise DataError(f"{path} does not fit the model '{name}' it names: {first}") from error
+        last = str(error).strip().splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit the model '{name}' it names: {last}") from error
     return student.eval(), checkpoint
 
 
@@ -276,6 +276,8 @@ class Teacher(nn.Module):
             module.register_forward_hook(self._remember(level))
         try:
             trial = self(torch.zeros(2, 3, 65, 65, device=device))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, AssertionError) as error:  # a program that was exported for one size
             raise DataError(
                 f"the teacher {name} does not take two images of 65x65 ({first_line(error)}). A "

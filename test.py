@@ -35,7 +35,7 @@ from voc_data import CLASSES, NUM_CLASSES, DataError, UsageError, write_whole
 def get_args_parser():
     parser = argparse.ArgumentParser(
         description="Measure trained students on VOC 2012; write tables and overlays.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=voc_data.HelpFormatter,
     )
     group = parser.add_argument_group("networks")
     group.add_argument(
@@ -136,7 +136,6 @@ class Tested:
         self.eval_size = checkpoint.get("eval_size", 0)
         self.settings = checkpoint.get("settings", {})
         self.seed = self.settings.get("seed")
-        self.saw_val = self.settings.get("allow_val_in_train", False)
         self.label = self.run  # load_students tells the seeds of one run apart
 
 
@@ -204,12 +203,23 @@ def measure(args, student, items, device, cost):
     matrix = result.matrix
     row = voc_data.result_row(result, cost, args.val_split, student.eval_size, device)
     print(f"\n{student.path} ({result.images} images of '{args.val_split}')\n{matrix}")
-    if student.saw_val:
-        print("note: this network was trained with --allow_val_in_train; its figures are no test")
+    note = doubt(student.settings, args.val_split)
+    if note:
+        print(f"note: this network {note}")
     return {
         "model": student.model, "kd_mode": student.kd_mode, "checkpoint": str(student.path),
         "seed": student.seed, "settings": student.settings, **row, "image_iou": ious,
     }  # fmt: skip
+
+
+def doubt(settings, split):
+    """Why the images of a split may be no test for a network; None where it cannot know them."""
+    if settings.get("allow_val_in_train"):
+        return "was trained with --allow_val_in_train: it may know these images"
+    kept_apart = settings.get("val_split", split)
+    if kept_apart != split:
+        return f"was kept apart from '{kept_apart}', not from '{split}': it may know these images"
+    return None
 
 
 def add_gains(rows):
@@ -222,13 +232,16 @@ def add_gains(rows):
 def alone_like(row, rows):
     """mIoUs of the `none` rows of the same model and settings, but those of distillation.
 
-    A run that was longer, or had other labels or crops, is no measure of what the teacher gave;
-    photographs without masks count as the teacher's gift.
+    A run that was longer, or had other labels or crops, is no measure of what the teacher gave.
+    Photographs without masks count as the teacher's gift, where they do not make an epoch longer.
     """
+    mine = KD_SETTINGS
+    if not row.get("settings", {}).get("epoch_images"):
+        mine = KD_SETTINGS - {"extra_images", "data_key"}
     return [
         other["miou"] for other in rows
         if (other["model"], other["kd_mode"]) == (row["model"], "none")
-        and choices(other, KD_SETTINGS) == choices(row, KD_SETTINGS)
+        and choices(other, mine) == choices(row, mine)
     ]  # fmt: skip
 
 
@@ -262,7 +275,7 @@ NO_CHOICES = {
 }  # fmt: skip
 KD_SETTINGS = {
     "kd_mode", "teacher", "teacher_weights", "teacher_cache", "teacher_size", "temperature",
-    "alpha", "beta", "kd_levels", "extra_images", "data_key",
+    "alpha", "beta", "kd_levels", "extra_images", "data_key", "teacher_digest",
 }  # fmt: skip
 COLUMNS = (
     # heading, how to show it
@@ -294,6 +307,11 @@ def write_tables(rows, output, what):
         f"half the interquartile range) for one {size} x {size} image on {rows[0]['device']}; "
         "score = 4 mIoU / (1 + millions of parameters)."
     )
+    split = rows[0]["split"]
+    for row in rows:
+        if doubt(row.get("settings", {}), split):
+            name = f"{row['model']} {row['kd_mode']}"
+            note += f"\n\nNo test: {name} {doubt(row['settings'], split)}."
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
     write_text(latex + "\n", output / "results.tex")
@@ -339,7 +357,7 @@ def write_runs_table(rows, path):
 
     Written where some model and mode comes more than once. Settings are named where they differ
     between the rows of one model and mode; "gain" is over `none` with the same settings but those
-    of distillation.
+    of distillation. No deviation where a seed comes twice: two epochs of one run are no two runs.
     """
     variants = {(row["model"], row["kd_mode"]) for row in rows}
     if len(variants) == len(rows):
@@ -352,7 +370,9 @@ def write_runs_table(rows, path):
         values = [100 * row["miou"] for row in members]
         alone = alone_like(members[0], rows)
         gain = show_gain(statistics.mean(values) - 100 * statistics.mean(alone)) if alone else ""
-        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        seeds = {member["seed"] for member in members}
+        repeated = len(seeds) == len(values) > 1
+        spread = f"{statistics.stdev(values):.2f}" if repeated else "-"
         each = " ".join(f"{value:.2f}" for value in values)
         mean = f"{statistics.mean(values):.2f}"
         cells.append([model, mode, settings, len(values), mean, spread, gain, each])
@@ -483,8 +503,7 @@ def overlay_photographs(args, students, device, output):
     """Write picture | prediction for each photograph and student."""
     paths = []
     for given in map(Path, args.image):
-        inside = sorted(given.iterdir()) if given.is_dir() else [given]
-        paths += [p for p in inside if p == given or p.suffix.lower() in voc_data.IMAGE_SUFFIXES]
+        paths += voc_data.pictures_in(given) if given.is_dir() else [given]
     if not paths:
         raise DataError(f"--image {' '.join(args.image)}: there is no picture")
     written = set()

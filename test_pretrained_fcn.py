@@ -26,7 +26,7 @@ from kd_losses import load_teacher
 def get_args_parser():
     parser = argparse.ArgumentParser(
         description="Measure a pretrained teacher on VOC 2012 val.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=voc_data.HelpFormatter,
     )
     parser.add_argument(
         "--teacher", default="fcn_resnet50",

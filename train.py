@@ -42,12 +42,12 @@ import kd_losses
 import voc_data
 from voc_data import DataError, UsageError, write_figure, write_whole
 
-# Settings that may change when a run is continued. They do not change what it computes, but for
-# `epochs`: another number bends the schedule from there on, and the weights are no longer those of
-# one undisturbed run.
+# Settings that may change when a run is continued. Most do not change what it computes. Another
+# device rounds in its own way, and more so where --amp auto chooses another dtype for it; another
+# number of epochs bends the schedule from there on; another patience ends it elsewhere.
 FREE_ON_RESUME = {
-    "resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir", "pixel_cache",
-    "epochs", "patience", "checkpoint_interval",
+    "resume", "overwrite", "device", "amp_dtype", "workers", "save_dir", "data_root", "cache_dir",
+    "pixel_cache", "epochs", "patience", "checkpoint_interval",
 }  # fmt: skip
 FROZEN_LEVELS = {"none": (), "low": ("low",), "mid": ("low", "mid")}  # of --freeze
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wait for the device
@@ -56,7 +56,7 @@ CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wa
 def get_args_parser():
     parser = argparse.ArgumentParser(
         description="Train a compact segmentation network on VOC 2012, with or without a teacher.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=voc_data.HelpFormatter,
     )
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -213,9 +213,12 @@ def main(args):
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
+    args.teacher_digest = teacher_digest(args)
     if resumed and resumed["epoch"]:
         check_same_settings(args, resumed)
     teacher = build_teacher(args)
+    if not resumed:
+        begin_afresh(args, files)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
     class_weights = from_first(args, lambda: find_class_weights(args, train_data))
     # Just before the student is made: one seed gives all modes the same start.
@@ -224,22 +227,25 @@ def main(args):
     trainer = Training(args, teacher, steps_per_epoch, class_weights, init)
     if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
-    settle_files(args, trainer, files, resumed)
-    describe_run(args, root, train_items, val_items, trainer)
+    if resumed and not same_path(resumed["path"], files.last):
+        bring_along(args, trainer, files, resumed)
+    args.data_summary = summarise_data(root, train_items, val_items)
+    describe_run(args, root, trainer)
     if trainer.epoch >= args.epochs:
         say(args, f"all {args.epochs} epochs are done: nothing left to train (--resume none "
                   "--overwrite starts afresh)")  # fmt: skip
 
     try:
         run_epochs(args, trainer, train_data, val_data, files)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyboardInterrupt, SystemExit, RuntimeError):
         again = "again" if args.resume == "auto" else "with --resume auto"
-        say(args, f"\nstopped in epoch {trainer.epoch + 1}; {trainer.epoch} whole epochs are "
+        say(args, f"\nstopped in epoch {trainer.saved + 1}; {trainer.saved} whole epochs are "
                   f"saved. The same command {again} goes on from there.")  # fmt: skip
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: nccl would wait here for the other processes
+        dist.destroy_process_group()
 
 
 def run_epochs(args, trainer, train_data, val_data, files):
@@ -252,6 +258,7 @@ def run_epochs(args, trainer, train_data, val_data, files):
         trainer.finish_epoch(record)
         if args.rank == 0:
             save_epoch(args, trainer, files)
+            trainer.saved = trainer.epoch
             print(epoch_line(args, trainer.history), flush=True)
     if trainer.out_of_patience():
         say(args, f"no better mIoU in {args.patience} validations: stopped early")
@@ -345,23 +352,34 @@ def same_path(first, second):
     return Path(first).resolve() == Path(second).resolve()
 
 
-def settle_files(args, trainer, files, resumed):
-    """Before the first epoch: a run that is cut off in it must find its own start in --save_dir.
+def begin_afresh(args, files):
+    """Replace the `last` of an older run by one that says "nothing done yet".
 
-    A fresh start replaces the `last` of an older run by one that says "nothing done yet"; a run
-    that continues from a file elsewhere brings its state along, and the best weights beside it.
+    A run that is cut off while it fills its caches, or in its first epoch, must not go on as the
+    older one.
     """
-    if resumed and not same_path(resumed["path"], files.last):
-        best = Path(resumed["path"]).with_name(files.best.name)
-        has_best = from_first(args, best.is_file)
-        if not has_best:
-            trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
-        if args.rank == 0:
-            if has_best:
-                write_whole(best.read_bytes(), files.best)
-            save_whole(trainer.state_dict(), files.last)
-    elif not resumed and args.rank == 0 and files.last.exists():
+    if args.rank == 0 and files.last.exists():
         save_whole(nothing_done(args), files.last)
+
+
+def bring_along(args, trainer, files, resumed):
+    """Copy a state from elsewhere, and the best weights beside it if they are its own.
+
+    A run that is cut off before its next epoch ends must find its own start in --save_dir.
+    """
+    best = Path(resumed["path"]).with_name(files.best.name)
+    has_best = from_first(args, lambda: epoch_of(best) == resumed["best"]["epoch"])
+    if not has_best:
+        trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
+    if args.rank == 0:
+        if has_best:
+            write_whole(best.read_bytes(), files.best)
+        save_whole(trainer.state_dict(), files.last)
+
+
+def epoch_of(path):
+    """The epoch of a best_model file; None where there is none."""
+    return kd_losses.read_checkpoint(path).get("epoch") if path.is_file() else None
 
 
 def nothing_done(args):
@@ -374,7 +392,7 @@ def check_same_settings(args, resumed):
     now, defaults = settings_of(args), vars(get_args_parser().parse_args([]))
     # A setting that the version before did not have, and that is off by default, was off.
     off = {name: value for name, value in defaults.items() if value in voc_data.OFF}
-    before = off | resumed["settings"]
+    before = off | {"teacher_digest": args.teacher_digest} | resumed["settings"]
     differing = [
         f"{name} (was {before.get(name)}, now {now.get(name)})"
         for name in sorted(now.keys() | before.keys())
@@ -395,6 +413,8 @@ def settings_of(args):
     hidden = {"rank", "world_size", "torch_device", "data_summary"}
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     settings["processes"] = args.world_size
+    amp_dtype = choose_amp(args.amp, args.torch_device)
+    settings["amp_dtype"] = str(amp_dtype).removeprefix("torch.") if amp_dtype else None
     paths = (
         "data_root", "extra_images", "teacher", "teacher_weights", "init", "save_dir", "cache_dir",
     )  # fmt: skip
@@ -503,6 +523,17 @@ def data_key(train_items, val_items):
     return hashlib.sha256(names.encode()).hexdigest()[:12]
 
 
+def teacher_digest(args):
+    """A short key of the teacher's files: another teacher under the same name makes another run.
+
+    None without a teacher, and for one that torchvision knows by its name.
+    """
+    names = (args.teacher, args.teacher_weights) if args.kd_mode != "none" else ()
+    files = [Path(name) for name in names if name and Path(name).is_file()]
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(content).hexdigest()[:12] if files else None
+
+
 def build_teacher(args):
     """The frozen teacher of a run; None in mode none."""
     if args.kd_mode == "none":
@@ -528,10 +559,12 @@ def crop_of_epoch(args, epoch):
 
 def build_loaders(args, train_items, val_items, teacher):
     """`({crop size: training loader}, validation loader)`, over the caches if they fit."""
-    pixels = maps = None
+    pixels = val_pixels = maps = None
     if args.pixel_cache == "auto":
-        pixels = local_first(
-            args, lambda: voc_data.pixel_cache(train_items, args.cache_dir, args.workers)
+        # Val as well: it is decoded for every validation, and a broken file is met before training.
+        pixels, val_pixels = (
+            local_first(args, lambda: voc_data.pixel_cache(items, args.cache_dir, args.workers))
+            for items in (train_items, val_items)
         )
     if teacher and args.teacher_cache == "auto":
         keys = ["out"] if args.kd_mode == "response" else args.kd_levels
@@ -555,7 +588,8 @@ def build_loaders(args, train_items, val_items, teacher):
             args.batch_size, seed=args.seed, epoch_images=args.epoch_images, pin_memory=on_cuda,
             **shard,
         )  # fmt: skip
-    val_set = voc_data.VOCDataset(val_items, voc_data.EvalTransform(args.eval_size))
+    val_transform = voc_data.EvalTransform(args.eval_size)
+    val_set = voc_data.VOCDataset(val_items, val_transform, val_pixels)
     return train_loaders, voc_data.eval_loader(val_set, **shard)
 
 
@@ -647,7 +681,7 @@ class Training:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.amp_dtype = choose_amp(args.amp, self.device)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp_dtype == torch.float16)
-        self.epoch = 0  # whole epochs done
+        self.epoch = self.saved = 0  # whole epochs done, and on disk
         self.best, self.since_best, self.history = {"miou": -1.0, "epoch": 0}, 0, []
 
     def autocast(self):
@@ -755,7 +789,8 @@ class Training:
             names = ", ".join(items[index].id for index in recent[bad[0]][1].tolist())
             raise DataError(
                 f"the loss is {losses[bad[0]].item()} in epoch {self.epoch + 1}, step {step + 1} "
-                f"(images {names}). Nothing of this epoch was saved. Try a lower --lr, or --amp off"
+                f"(images {names}). Nothing of this epoch was saved. Start again with a lower --lr "
+                "or --amp off, in another --save_dir or here with --resume none --overwrite"
             )
 
     def validate(self, loader):
@@ -808,12 +843,20 @@ class Training:
         }  # fmt: skip
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` gave, on this device or another."""
         for name in ("student", "averaged", "adapters", "optimizer", "scaler"):
             if state[name] or name != "scaler":  # empty where the last device needed no scaling
                 getattr(self, name).load_state_dict(state[name])
         for name in ("epoch", "best", "since_best", "history"):
             setattr(self, name, state[name])
+        self.saved = self.epoch
+        # The optimizer took the other device's kernel and memory format along with its moments.
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.optimizer.defaults["fused"]
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def read_init(args, files, resumed):
@@ -947,20 +990,25 @@ def epoch_line(args, history):
     return " | ".join(parts)
 
 
-def describe_run(args, root, train_items, val_items, trainer):
-    """Say what is about to happen."""
+def summarise_data(root, train_items, val_items):
+    """How many images there are, for people: {"root", "train", "unlabelled", "val"}."""
     unlabelled = sum(item.mask is None for item in train_items)
-    extra = f" and {unlabelled} without ground truth" if unlabelled else ""
-    teacher = f", taught by {trainer.teacher.name}" if trainer.teacher else ""
-    continued = f"; continuing after epoch {trainer.epoch}" if trainer.epoch else ""
-    say(args, f"VOC 2012 at {root}: {len(train_items) - unlabelled} training images of "
-              f"'{args.train_split}'{extra}, {len(val_items)} of '{args.val_split}'")  # fmt: skip
-    say(args, f"{args.model} ({trainer.parameters:,} parameters), kd_mode {args.kd_mode}{teacher}, "
-              f"on {hardware(args)}{continued}")  # fmt: skip
-    args.data_summary = {
+    return {
         "root": root.name, "train": len(train_items) - unlabelled, "unlabelled": unlabelled,
         "val": len(val_items),
     }  # fmt: skip
+
+
+def describe_run(args, root, trainer):
+    """Say what is about to happen."""
+    data = args.data_summary
+    extra = f" and {data['unlabelled']} without ground truth" if data["unlabelled"] else ""
+    teacher = f", taught by {trainer.teacher.name}" if trainer.teacher else ""
+    continued = f"; continuing after epoch {trainer.epoch}" if trainer.epoch else ""
+    say(args, f"VOC 2012 at {root}: {data['train']} training images of "
+              f"'{args.train_split}'{extra}, {data['val']} of '{args.val_split}'")  # fmt: skip
+    say(args, f"{args.model} ({trainer.parameters:,} parameters), kd_mode {args.kd_mode}{teacher}, "
+              f"on {hardware(args)}{continued}")  # fmt: skip
 
 
 def hardware(args):
@@ -1022,10 +1070,12 @@ def training_curves(history, title):
     if any(record["kd"] for record in history):
         ce = [record["ce"] for record in history]
         left.plot(epochs, ce, "--", label="train cross-entropy (class weights)")
-    left.plot(val_epochs, [record["val_loss"] for record in validated], label="val cross-entropy")
+    val_losses = [record["val_loss"] for record in validated]
+    left.plot(val_epochs, val_losses, marker=".", label="val cross-entropy")
     left.set(xlabel="epoch", ylabel="loss", title=title)
     left.legend()
-    right.plot(val_epochs, [record["val_miou"] for record in validated], color="tab:green")
+    mious = [record["val_miou"] for record in validated]
+    right.plot(val_epochs, mious, marker=".", color="tab:green")
     right.set(xlabel="epoch", ylabel="val mIoU", title="mIoU on the validation split")
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -25,6 +25,7 @@ import platform
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -60,7 +61,12 @@ VOID = 255  # a pixel without a label: object borders, and padding
 UNLABELLED = 254  # ours, never in a file: a real pixel of an image that has no ground truth
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+IMAGE_SUFFIXES = (*JPEG_SUFFIXES, ".png", ".bmp", ".webp")
+# What pillow raises for a broken picture; the last two for broken EXIF tags of a turned one.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, Image.DecompressionBombError, TypeError, struct.error
+)  # fmt: skip
 
 
 def voc_palette():
@@ -88,7 +94,7 @@ class UsageError(Exception):
 
 def run_script(main, args):
     """Run `main(args)`; end in one line on stderr and a status, never in a traceback, on errors of
-    use (2), of data or the file system (1), and on Ctrl-C or SIGTERM (130 and 143)."""
+    use (2), of data, the file system or a GPU's memory (1), and on Ctrl-C or SIGTERM (130, 143)."""
     before = signal.signal(signal.SIGTERM, end_quietly)
     name = Path(sys.argv[0]).name
     try:
@@ -100,12 +106,23 @@ def run_script(main, args):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        hint = "Use a smaller --batch_size, --crop_size or --eval_size, or --device cpu"
+        sys.exit(fail(name, f"out of memory on the GPU ({str(error).splitlines()[0]}) {hint}", 1))
     except RuntimeError as error:  # a SIGTERM to the whole group may reach a loader worker first
         if "killed by signal: Terminated" not in str(error):
             raise
         sys.exit(143)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to the help of a flag that has one and does not name it."""
+
+    def _get_help_string(self, action):
+        named = action.default in (None, False) or "default" in action.help
+        return action.help if named else super()._get_help_string(action)
 
 
 def check_flags(args, rules):
@@ -181,9 +198,9 @@ def find_voc(data_root=None, download=False):
 
     Args:
         data_root: where to look: the parent of `VOCdevkit`, `VOCdevkit`, `VOC2012`, a flat folder,
-            or any of these one or two folders deeper (Kaggle doubles them). "sample" makes the
-            synthetic sample. None looks in `./data`, in Colab's `/content/data` and in kagglehub's
-            cache.
+            or one above them (Kaggle doubles folders), up to three above `JPEGImages`' own.
+            "sample" makes the synthetic sample. None looks in `./data`, in Colab's `/content/data`
+            and in kagglehub's cache.
         download: when nothing is found and no `data_root` is given, download VOC into `./data`.
 
     Raises:
@@ -219,7 +236,8 @@ def voc_folders(place, depth=3):
     for _ in range(depth + 1):
         below = []
         for folder in level:
-            if (folder / "JPEGImages").is_dir() and (folder / "ImageSets/Segmentation").is_dir():
+            parts = (folder / "JPEGImages", folder / "ImageSets/Segmentation")
+            if all(map(os.path.isdir, parts)):  # False where it may not be read; Path's may raise
                 if not re.fullmatch(r"VOC20(0\d|1[01])", folder.name):  # other years
                     yield folder
                 continue
@@ -238,13 +256,14 @@ def subfolders(folder):
 
 def has_masks(folder):
     """True if a VOC folder has ground truth."""
-    return any((folder / masks).is_dir() for masks in MASK_FOLDERS)
+    return any(os.path.isdir(folder / masks) for masks in MASK_FOLDERS)
 
 
 def not_found_message(places):
     """What to tell someone whose data was not found."""
     lines = ["VOC 2012 was not found. Looked in:"]
-    lines += [f"  {place}" + ("" if place.exists() else " (does not exist)") for place in places]
+    for place in places:
+        lines.append(f"  {place}" + ("" if os.path.exists(place) else " (does not exist)"))
     for archive in [archive for place in places for archive in archives(place)]:
         lines.append(f"{archive} was never unpacked: unpack it there, then run this again.")
     return "\n".join(lines) + "\n" + HOW_TO_GET_VOC.format(url=DATASET_YEAR_DICT["2012"]["url"])
@@ -266,6 +285,11 @@ def download_voc(folder):
     """
     voc, target = DATASET_YEAR_DICT["2012"], folder / "VOCdevkit" / "VOC2012"
     if target.exists():
+        if not any(map(has_masks, voc_folders(target, depth=0))):
+            raise DataError(
+                f"{target} is there already, but has not all of JPEGImages, ImageSets/Segmentation "
+                f"and {MASK_FOLDERS[0]}: move it away, then run this again"
+            )
         print(f"{target} is there already")
         return target
     print(f"downloading VOC 2012 from {voc['url']} into {folder}")
@@ -297,7 +321,7 @@ def read_split(root, split):
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
         raise DataError(f"{path} does not exist; the splits of this data set: {known}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows puts a mark in front
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not a text file ({error})") from error
     ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
@@ -321,25 +345,20 @@ def make_sample(folder=None):
     many sizes. The same bytes on every machine with the same Pillow; a few seconds, no network.
     """
     folder = folder or Path(__file__).resolve().parent / "voc_sample" / f"v{SAMPLE_VERSION}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    return cached(folder, draw_samples, hint="the sample is made beside voc_data.py")
+
+
+def draw_samples(folder):
+    """Fill a folder with the sample."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (unfinished / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(2012)
     for split, count in SAMPLE_COUNTS.items():
         ids = [f"sample_{split}_{number:04d}" for number in range(count)]
         for image_id in ids:
-            save_sample(unfinished, image_id, *draw_sample(rng))
-        list_file = unfinished / "ImageSets" / "Segmentation" / f"{split}.txt"
+            save_sample(folder, image_id, *draw_sample(rng))
+        list_file = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
         list_file.write_text("\n".join(ids) + "\n")
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def draw_sample(rng):
@@ -443,7 +462,7 @@ def read_image(path):
             if picture.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight
                 return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
             return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as an image ({error})") from error
 
 
@@ -457,7 +476,7 @@ def read_mask(path):
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.array(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as a mask ({error})") from error
     if mode not in ("P", "L"):
         raise DataError(
@@ -508,7 +527,7 @@ def list_items(root, split):
 
 def find_items(root, split):
     """The whole items of a split, and the paths of the files that the others lack."""
-    images = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
+    images = {path.stem: path for path in reversed(pictures_in(root / "JPEGImages"))}
     masks = {}
     for folder in reversed(MASK_FOLDERS):
         masks |= {path.stem: path for path in (root / folder).glob("*.png")}
@@ -523,6 +542,20 @@ def find_items(root, split):
     return items, missing
 
 
+def pictures_in(folder, pattern="*"):
+    """The pictures of a folder, told by their names, JPEGs first; with "**/*" those below it too.
+
+    Hidden ones are left out: an archive from a Mac has a `._NAME.jpg` for each, Jupyter copies.
+    """
+    pictures = []
+    for path in Path(folder).glob(pattern):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+            pictures.append(path)
+    return sorted(pictures, key=lambda path: (path.suffix.lower() not in JPEG_SUFFIXES, path))
+
+
 def list_extra_images(folder, root, excluded):
     """Pictures without ground truth, for the distillation term alone.
 
@@ -534,10 +567,8 @@ def list_extra_images(folder, root, excluded):
     """
     if folder != "voc" and not Path(folder).is_dir():
         raise DataError(f"--extra_images {folder} is not a folder (or 'voc')")
-    files = sorted(
-        Path(root, "JPEGImages").iterdir() if folder == "voc" else Path(folder).rglob("*")
-    )
-    items = [Item(path.stem, path, None) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = pictures_in(root / "JPEGImages") if folder == "voc" else pictures_in(folder, "**/*")
+    items = [Item(path.stem, path, None) for path in files]
     if folder == "voc":
         with_mask = {path.stem for name in MASK_FOLDERS for path in (root / name).glob("*.png")}
         items = [item for item in items if item.id not in with_mask]
@@ -567,6 +598,8 @@ class ArrayStore:
         self.dtype = np.dtype((folder / f"{name}.dtype").read_text())
         self.ends = np.cumsum(self.shapes.prod(axis=1, dtype=np.int64))
         self.memory = None
+        if self.path.stat().st_size != self.ends[-1] * self.dtype.itemsize:
+            raise DataError(f"{folder} is not whole: delete it; it is made again")
 
     def __len__(self):
         return len(self.shapes)
@@ -595,10 +628,14 @@ class ArrayStoreWriter:
         self.file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
 
     def close(self):
-        """Finish the files."""
+        """Finish the files, on the disk itself."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()
-        np.save(self.folder / f"{self.name}.shapes.npy", np.array(self.shapes, dtype=np.int64))
-        (self.folder / f"{self.name}.dtype").write_text(self.dtype.str)
+        shapes = io.BytesIO()
+        np.save(shapes, np.array(self.shapes, dtype=np.int64))
+        write_whole(shapes.getbuffer(), self.folder / f"{self.name}.shapes.npy")
+        write_whole(self.dtype.str.encode(), self.folder / f"{self.name}.dtype")
 
 
 def fingerprint(items, *more):
@@ -612,23 +649,31 @@ def fingerprint(items, *more):
     return digest.hexdigest()[:16]
 
 
-def cached(folder, fill):
+def cached(folder, fill, hint="free some room there, or name another --cache_dir"):
     """Return `folder`, filled by `fill(folder)` if it is not there; whole or absent, never half.
 
     Several processes may fill it at once, each a copy of its own; the first to end wins.
+
+    Raises:
+        OSError: it could not be written; the message ends with the hint.
     """
     remove_abandoned(folder)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", folder.parent))
+    unfinished = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", folder.parent))
         fill(unfinished)
         unfinished.rename(folder)
     except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not (isinstance(error, OSError) and folder.is_dir()):  # else another was faster
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
             raise
+        if not folder.is_dir():  # else another was faster
+            reason = error.strerror or error
+            raise OSError(f"{folder} could not be written ({reason}): {hint}") from error
     return folder
 
 
@@ -682,7 +727,7 @@ def image_size(path):
     try:
         with Image.open(path) as picture:
             return picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as an image ({error})") from error
 
 
@@ -1095,7 +1140,9 @@ def train_loader(
 def eval_loader(dataset, workers, rank=0, world_size=1):
     """One image at a time, at its own size, in order; this rank's share."""
     sampler = ShardSampler(len(dataset), rank, world_size)
-    return WorkerLoader(dataset, workers, batch_size=1, sampler=sampler)
+    return WorkerLoader(
+        dataset, workers, batch_size=1, sampler=sampler, persistent_workers=workers > 0
+    )
 
 
 # --------------------------------------------------------------------------------------- metric
@@ -1192,7 +1239,9 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, pixels, images = sums.tolist()
-    return Evaluation(matrix, loss / max(pixels, 1), int(images))
+    if not pixels:
+        raise DataError(f"the masks of all {images:.0f} images are void: nothing to measure")
+    return Evaluation(matrix, loss / pixels, int(images))
 
 
 # ------------------------------------------------------------------------- the cost of a network
@@ -1440,16 +1489,33 @@ def check_data(root, splits):
                 images_with[present[present < NUM_CLASSES]] += 1
             except DataError as error:
                 problems.append(str(error))
-        columns.append([f"{split} ({len(items) + len(missing)})", *images_with])
+        columns.append([f"{split} ({len(read_split(root, split))})", *images_with])
     header, *rows = zip(("images with", *CLASSES), *columns)
     print(tabulate(rows, headers=header))
     return list(dict.fromkeys(problems))
 
 
+def splits_with_masks(root):
+    """The lists of a data set, but for those without any ground truth (VOC's test)."""
+    splits = sorted(path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt"))
+    masks = {path.stem for name in MASK_FOLDERS for path in (root / name).glob("*.png")}
+
+    def has_none(split):
+        try:
+            return masks.isdisjoint(read_split(root, split))
+        except DataError:  # a broken list: its check says what is wrong
+            return False
+
+    without = list(filter(has_none, splits))
+    if without:
+        print(f"not checked, for they have no ground truth: {', '.join(without)}")
+    return [split for split in splits if split not in without]
+
+
 def get_args_parser():
     parser = argparse.ArgumentParser(
         description="Check a VOC 2012 data set, or get it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--data_root", help="where VOC 2012 is, or 'sample'")
     parser.add_argument("--splits", nargs="+", help="lists to check (default: all there are)")
@@ -1458,12 +1524,11 @@ def get_args_parser():
 
 
 def main(args):
+    if args.download and args.data_root:
+        raise UsageError("--download puts VOC into ./data: leave --data_root out")
     root = download_voc(Path("data")) if args.download else find_voc(args.data_root)
     print(f"VOC 2012 at {root}")
-    splits = args.splits or sorted(
-        path.stem for path in (root / "ImageSets" / "Segmentation").glob("*.txt")
-    )
-    problems = check_data(root, splits)
+    problems = check_data(root, args.splits or splits_with_masks(root))
     if problems:
         raise DataError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems))
     print("every listed image and mask is readable and whole")

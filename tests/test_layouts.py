@@ -439,6 +439,20 @@ def test_asking_for_the_download_again(server, tmp_path):
         assert_whole(tmp_path / "data")
 
 
+def test_download_over_a_tree_that_is_not_whole_is_refused(server, tmp_path):
+    """What `tar` left when it was interrupted, or the test set alone: neither used nor replaced."""
+    tree = make_tree(tmp_path / "data" / OFFICIAL, masks=False)
+    before = snapshot(tree)
+    for ask in (lambda: voc_data.find_voc(None, download=True),
+                lambda: voc_data.download_voc(tmp_path / "data")):  # fmt: skip
+        with pytest.raises(voc_data.DataError, match="is there already, but has not all"):
+            ask()
+    assert snapshot(tree) == before
+    args = voc_data.get_args_parser().parse_args(["--download", "--data_root", str(tmp_path)])
+    with pytest.raises(voc_data.UsageError, match="leave --data_root out"):
+        voc_data.main(args)
+
+
 def test_unreachable_server_says_what_to_do(server, tmp_path):
     server.shutdown()
     server.server_close()

@@ -163,7 +163,7 @@ def by_hand(items, model, size_of=None):
         counts += np.array(count(mask, logits.argmax(0).numpy()))
         log_p = logits.double().log_softmax(0).numpy()
         known = mask != VOID
-        losses -= log_p[np.where(known, mask, 0), *np.indices(mask.shape)][known].sum()
+        losses -= log_p[(np.where(known, mask, 0), *np.indices(mask.shape))][known].sum()
         pixels += known.sum()
     return counts, losses / pixels
 

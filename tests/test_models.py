@@ -1,5 +1,6 @@
 """The two students: size, contracts, ImageNet weights, and their files run as scripts."""
 
+import copy
 import re
 import runpy
 from urllib.error import URLError
@@ -94,12 +95,28 @@ def test_batch_of_one_trains(name, size):
     assert all(p.grad.isfinite().all() for p in student.parameters())
 
 
-def test_whole_image_reaches_every_pixel(student):
-    """Image pooling: the logits of one corner depend on the opposite corner."""
-    image = torch.randn(1, 3, 256, 256, requires_grad=True)
-    student(image)[0, :, 0, 0].square().sum().backward()
-    assert image.grad[..., -16:, -16:].abs().max() > 0
+def test_image_pooling_brings_the_whole_map_to_every_cell(student):
+    """One corner of the ASPP's output depends on the opposite corner, out of reach of its rates."""
+    first = next(m for m in student.aspp.modules() if isinstance(m, torch.nn.Conv2d))
+    x = torch.randn(1, first.in_channels, 48, 48, requires_grad=True)
+    student.aspp(x)[0, :, 0, 0].sum().backward()
+    assert x.grad[..., -1, -1].abs().max() > 0
     student.zero_grad()
+
+
+def test_folding_the_norms_keeps_the_outputs(student):
+    student = copy.deepcopy(student)
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    image = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        before = student(image)
+        after = voc_data.fold_batch_norm(student)(image)
+    left = [m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(left) <= 1, "in one ASPP an addition lies between norm and convolution"
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def test_dropout_acts_in_training_alone(student):
@@ -108,6 +125,10 @@ def test_dropout_acts_in_training_alone(student):
     assert kinds and all(module.p > 0 for module in kinds)
     with torch.no_grad():
         assert torch.equal(student(image), student(image))
+        for module in kinds:
+            module.train()
+        assert not torch.equal(student(image), student(image))
+    student.eval()
 
 
 # ------------------------------------------------------------------------------ ImageNet weights

@@ -238,6 +238,37 @@ def test_state_of_a_device_without_loss_scaling_continues_on_one_with(tiny_voc, 
     trainer.load_state_dict(state)
 
 
+def test_optimizer_keeps_its_own_kernel_and_layout_over_a_change_of_device(runs, tiny_voc):
+    """MPS has neither: state from there must not turn them off here, nor the other way round."""
+    trainer, loader = begin(tiny_voc, runs, "none", "fcn_resnet50")
+    state = torch.load(runs / "last_ultracompact_none.pth", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].contiguous()
+    trainer.load_state_dict(state)
+    assert all(group["fused"] is True for group in trainer.optimizer.param_groups)
+    for parameter, moments in trainer.optimizer.state.items():
+        assert moments["exp_avg"].stride() == parameter.stride()
+    trainer.step(next(iter(loader)), 0)
+
+
+def test_message_of_a_run_that_is_cut_off_while_it_saves(tiny_voc, tmp_path, monkeypatch, capsys):
+    """The epoch is done, but not on disk."""
+    monkeypatch.setattr(train, "save_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50"))
+    assert "stopped in epoch 1; 0 whole epochs are saved" in capsys.readouterr().out
+
+
+def test_another_teacher_of_the_same_name_is_another_run(runs, tiny_voc, teacher_file, tmp_path):
+    content = torch.load(teacher_file, weights_only=True)
+    content["model_state_dict"]["classifier.1.bias"] += 1
+    other = tmp_path / teacher_file.name
+    torch.save(content, other)
+    with pytest.raises(UsageError, match="teacher_digest"):
+        train.main(parsed(tiny_voc, runs, "response", other, "--checkpoint_interval", 2))
+
 def test_restart_by_torchrun_goes_on_even_where_the_flags_say_afresh(tmp_path, monkeypatch):
     args = train.get_args_parser().parse_args(["--resume", "none", "--overwrite"])
     files = train.RunFiles(tmp_path, "ultracompact_none")
@@ -252,11 +283,14 @@ def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
 ):
     """Before the first epoch: whatever cuts the run off then, it can go on from --save_dir."""
     last, best = runs / "last_ultracompact_none.pth", runs / "best_model_ultracompact_none.pth"
-    for name, has_best in (("with", True), ("without", False)):
+    for name, has_best in (("with", True), ("without", False), ("of another epoch", False)):
         source = tmp_path / name / "from"
         source.mkdir(parents=True)
-        for file in (last, best) if has_best else (last,):
+        for file in (last,) if name == "without" else (last, best):
             shutil.copyfile(file, source / file.name)
+        if name == "of another epoch":
+            content = torch.load(best, weights_only=True)
+            torch.save(content | {"epoch": content["epoch"] + 1}, source / best.name)
         save = tmp_path / name / "to"
         args = parsed(tiny_voc, save, "none", "fcn_resnet50", "--resume", source / last.name)
         train.main(args)  # all epochs are done already
@@ -269,16 +303,17 @@ def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
             assert not (save / best.name).exists() and after["best"]["epoch"] == 0
 
 
-def test_fresh_start_that_is_cut_off_in_its_first_epoch_is_not_the_older_run(
-    runs, tiny_voc, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "place", [(train.Training, "train_one_epoch"), (voc_data, "pixel_cache")],
+    ids=["in its first epoch", "while it fills the caches"],
+)  # fmt: skip
+def test_fresh_start_that_is_cut_off_early_is_not_the_older_run(
+    place, runs, tiny_voc, tmp_path, monkeypatch
 ):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     shutil.copytree(runs, tmp_path / "s")
     flags = ["--resume", "none", "--overwrite"]
     args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *flags)
-    monkeypatch.setattr(train.Training, "train_one_epoch", interrupt)
+    monkeypatch.setattr(*place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         train.main(args)
     files = train.RunFiles(tmp_path / "s", "ultracompact_none")
@@ -300,7 +335,7 @@ def test_run_of_a_version_with_fewer_flags_goes_on_where_the_new_ones_are_off(ru
     train.check_args(args)
     train.setup_processes(args)
     resumed = torch.load(runs / "last_ultracompact_none.pth")
-    args.data_key = resumed["settings"]["data_key"]
+    args.data_key, args.teacher_digest = resumed["settings"]["data_key"], None
     for name in ("cutmix", "freeze", "epoch_images", "init"):
         del resumed["settings"][name]
     train.check_same_settings(args, resumed)
@@ -612,7 +647,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert without_times(history(folder, mode)) == without_times(history(runs, mode))
 
 
-def interrupt():
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -885,6 +920,7 @@ def test_several_seeds_of_one_variant_are_summed_up(runs, tiny_voc, tmp_path):
     content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
     state = content["model_state_dict"]
     state["classifier.1.bias"][3] += 1000  # says "bird" everywhere
+    content["settings"]["seed"] = 4
     torch.save(content, second)
     paths = [runs / "best_model_ultracompact_none.pth", second]
     rows = measure(tiny_voc, tmp_path / "out", "--checkpoint", *paths)
@@ -892,6 +928,37 @@ def test_several_seeds_of_one_variant_are_summed_up(runs, tiny_voc, tmp_path):
     assert len(mious) == 2 and mious[0] != mious[1]
     line = (tmp_path / "out" / "runs.md").read_text().splitlines()[2]
     assert f"{statistics.mean(mious):.2f}" in line and f"{statistics.stdev(mious):.2f}" in line
+    measure(tiny_voc, tmp_path / "out", "--checkpoint", second, second)  # one run, twice
+    assert (tmp_path / "out" / "runs.md").read_text().splitlines()[2].split("|")[6].strip() == "-"
+
+
+def test_gain_is_over_runs_that_are_no_shorter():
+    """Photographs make an epoch longer, unless --epoch_images fixes it: then they may count."""
+    for epoch_images, wanted in ((0, []), (64, [0.25])):
+        none = {"epochs": 5, "epoch_images": epoch_images, "data_key": "a"}
+        more = {**none, "extra_images": "photos", "data_key": "b", "teacher": "x"}
+        rows = [
+            {"model": "standard", "kd_mode": mode, "miou": 0.25, "settings": settings}
+            for mode, settings in (("none", none), ("response", more))
+        ]
+        assert test_script.alone_like(rows[1], rows) == wanted
+        rows[1]["settings"] = {**none, "teacher": "x"}  # the same images
+        assert test_script.alone_like(rows[1], rows) == [0.25]
+
+
+@pytest.mark.parametrize(
+    "changed, words", [({}, ""), ({"allow_val_in_train": True}, "--allow_val_in_train"),
+                       ({"val_split": "mini"}, "kept apart from 'mini', not from 'val'")]
+)  # fmt: skip
+def test_figures_of_a_network_that_may_know_the_images_say_so(
+    changed, words, runs, tiny_voc, tmp_path, capsys
+):
+    content = torch.load(runs / "best_model_ultracompact_none.pth", weights_only=True)
+    content["settings"] |= changed
+    torch.save(content, tmp_path / "a.pth")
+    measure(tiny_voc, tmp_path / "out", "--checkpoint", tmp_path / "a.pth")
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "results.md").read_text()):
+        assert words in text and ("it may know these images" in text) is bool(words)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_told_apart(runs, tiny_voc, tmp_path):
