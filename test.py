@@ -307,11 +307,9 @@ def write_tables(rows, output, what):
         f"half the interquartile range) for one {size} x {size} image on {rows[0]['device']}; "
         "score = 4 mIoU / (1 + millions of parameters)."
     )
-    split = rows[0]["split"]
-    for row in rows:
-        if doubt(row.get("settings", {}), split):
-            name = f"{row['model']} {row['kd_mode']}"
-            note += f"\n\nNo test: {name} {doubt(row['settings'], split)}."
+    doubts = [(row, doubt(row.get("settings", {}), row["split"])) for row in rows]
+    doubts = [f"No test: {r['model']} {r['kd_mode']} {why}." for r, why in doubts if why]
+    note = "\n\n".join([note, *dict.fromkeys(doubts)])
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
     write_text(latex + "\n", output / "results.tex")

@@ -368,7 +368,8 @@ def bring_along(args, trainer, files, resumed):
     A run that is cut off before its next epoch ends must find its own start in --save_dir.
     """
     best = Path(resumed["path"]).with_name(files.best.name)
-    has_best = from_first(args, lambda: epoch_of(best) == resumed["best"]["epoch"])
+    its_epoch = resumed.get("best", trainer.best)["epoch"]  # none in a run that has done nothing
+    has_best = from_first(args, lambda: epoch_of(best) == its_epoch)
     if not has_best:
         trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
     if args.rank == 0:

@@ -303,6 +303,16 @@ def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
             assert not (save / best.name).exists() and after["best"]["epoch"] == 0
 
 
+def test_resume_from_a_run_elsewhere_that_has_done_nothing(tiny_voc, tmp_path):
+    flags = ["--epochs", 1, "--resume", tmp_path / "last_ultracompact_none.pth"]
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *flags)
+    train.check_args(args)
+    train.setup_processes(args)
+    train.save_whole(train.nothing_done(args), tmp_path / "last_ultracompact_none.pth")
+    train.main(args)
+    assert (tmp_path / "s" / "best_model_ultracompact_none.pth").is_file()
+
+
 @pytest.mark.parametrize(
     "place", [(train.Training, "train_one_epoch"), (voc_data, "pixel_cache")],
     ids=["in its first epoch", "while it fills the caches"],
