@@ -958,7 +958,8 @@ def test_gain_is_over_runs_that_are_no_shorter():
 
 @pytest.mark.parametrize(
     "changed, words", [({}, ""), ({"allow_val_in_train": True}, "--allow_val_in_train"),
-                       ({"val_split": "mini"}, "kept apart from 'mini', not from 'val'")]
+                       ({"val_split": "mini"}, "kept apart from 'mini', not from 'val'"),
+                       ({"val_split": "train"}, "kept apart from 'train', not from 'val'")]
 )  # fmt: skip
 def test_figures_of_a_network_that_may_know_the_images_say_so(
     changed, words, runs, tiny_voc, tmp_path, capsys
