@@ -69,8 +69,16 @@ def test_signals_end_a_run_cleanly(data, tmp_path):
             os.killpg(run.process.pid, 0)
 
 
+@pytest.fixture
+def ctrl_c_heard():
+    """A shell starts background jobs, and the tests in them, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
-def test_signal_in_a_fork_is_not_lost():
+def test_signal_in_a_fork_is_not_lost(ctrl_c_heard):
     """What a handler raises in a hook around fork is dropped by Python; it comes a little later."""
     once = [signal.SIGINT]
 
