@@ -29,6 +29,7 @@ saved with the weights. The teacher never trains: it stays in eval mode, under n
 saved.
 """
 
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -431,12 +432,7 @@ def read_exported(path, device):
 # ------------------------------------------------------------- the teacher, once for each image
 
 CELLS = {"out": 4, "low": 4, "mid": 8, "high": 16}  # pixels of a crop for one value of each map
-KEPT_STRIDES = {
-    "out": 8,
-    "low": 4,
-    "mid": 8,
-    "high": 16,
-}  # the same on disk, of the teacher's input
+KEPT_STRIDES = {"out": 8, "low": 4, "mid": 8, "high": 16}  # on disk: pixels of the teacher's input
 
 
 def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identity=""):
@@ -461,7 +457,8 @@ def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identit
     identity = (teacher.name, identity, size, tuple(keys), CACHE_VERSION)
     folder = Path(cache_dir) / f"teacher-{fingerprint(items, identity)}"
     needed = sum(
-        2 * teacher.channels[key] * (size / KEPT_STRIDES[key]) ** 2 * len(items) for key in keys
+        2 * teacher.channels[key] * math.prod(kept_size((size, size), key)) * len(items)
+        for key in keys
     )
     if not folder.is_dir() and not has_room(cache_dir, needed):
         raise DataError(
@@ -494,8 +491,17 @@ def whole_image_maps(teacher, image, size, keys):
         value = outputs[key].float()
         if value.device.type == "mps":  # pools only where the sizes divide
             value = value.cpu()
-        cells = [max(1, round(side / KEPT_STRIDES[key])) for side in image.shape[-2:]]
-        if value.shape[-2] > cells[0]:  # averaged down, never blown up
+        cells = kept_size(image.shape[-2:], key)
+        if value.shape[-2] > cells[0] or value.shape[-1] > cells[1]:  # down, never blown up
             value = F.interpolate(value, size=cells, mode="area")
         maps[key] = value[0].half().cpu()
     return maps
+
+
+def kept_size(size, key):
+    """(height, width) in cells of the kept map of an image of `size`, in pixels.
+
+    Rounded up, as a network with strided convolutions does: a map that has the stride already is
+    kept as it is, not averaged from 33 cells into 32.
+    """
+    return tuple(math.ceil(side / KEPT_STRIDES[key]) for side in size)

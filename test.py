@@ -5,10 +5,11 @@
     python test.py --visualize --num_vis 8                  overlays: successes and failures
     python test.py --checkpoint A.pth --image photo.jpg     overlays of your own photographs
 
-Model and mode are read from each checkpoint. Tables go to --output_dir as results.md, .tex, .csv
-and .json; with them per_class.md, per_class_iou.png, and training_curves.png where the histories of
-training lie beside the checkpoints. Several checkpoints of one model and mode are summed up in
-runs.md: mean and standard deviation over seeds, a row for each group of other settings.
+Model and mode are read from each checkpoint. Tables go to --output_dir (report/, or a folder in it
+for a selection) as results.md, .tex, .csv and .json; with them per_class.md, per_class_iou.png, and
+training_curves.png where the histories of training lie beside the checkpoints. Several checkpoints
+of one model and mode are summed up in runs.md: mean and standard deviation over seeds, a row for
+each group of other settings.
 
 score = 4 * mIoU / (1 + parameters in millions)
 """
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -69,7 +71,10 @@ def get_args_parser():
     )  # fmt: skip
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="report", help="where tables and pictures go")
+    group.add_argument(
+        "--output_dir", help="where tables and pictures go (default: report; for a selection, by "
+        "--checkpoint or --model, a folder of its own in it)",
+    )  # fmt: skip
     group.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     group.add_argument("--speed_size", type=int, default=512, help="side of the image for latency")
     group.add_argument("--speed_repeats", type=int, default=50, help="timed runs for the latency")
@@ -80,7 +85,7 @@ def main(args):
     check_args(args)
     device = voc_data.choose_device(args.device)
     students = load_students(args, device)
-    output = Path(args.output_dir)
+    output = Path(args.output_dir or default_output(args))
     if args.image:
         overlay_photographs(args, students, device, output)
         return
@@ -97,6 +102,13 @@ def main(args):
     draw_training_curves(students, output / "training_curves.png")
     if args.visualize:
         visualize(args, students, rows, items, device, output)
+
+
+def default_output(args):
+    """`report` holds the comparison of all; a selection must not take its place."""
+    if args.checkpoint:
+        return Path("report", Path(args.checkpoint[0]).stem)
+    return Path("report", args.model) if args.model else Path("report")
 
 
 def check_args(args):
@@ -425,11 +437,23 @@ def draw_per_class(rows, path):
     voc_data.write_figure(figure, path)
 
 
+def history_of(student):
+    """Where the history of a student's run lies, if it is still there.
+
+    That of best_model_X.pth and of epoch_20_X.pth is history_X.jsonl; that of kept_X.pth, a file
+    that somebody renamed, can only be kept_history_X.jsonl.
+    """
+    prefix = student.path.stem.removesuffix(student.run)
+    if re.fullmatch(r"best_model_|epoch_\d+_", prefix):
+        prefix = ""
+    return student.path.with_name(f"{prefix}history_{student.run}.jsonl")
+
+
 def draw_training_curves(students, path):
     """Loss and val mIoU by epoch of every student whose history lies beside its checkpoint."""
     histories = {}
     for student in students:
-        file = student.path.with_name(f"history_{student.run}.jsonl")
+        file = history_of(student)
         if file.is_file():
             lines = [read_json(line, file) for line in file.read_text().splitlines()]
             histories[student.label] = lines

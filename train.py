@@ -650,7 +650,15 @@ def compute_losses(args, logits, features, labels, taught, class_weights):
 
 
 class Training:
-    """The state of a run, and what an epoch does to it."""
+    """The state of a run, and what an epoch does to it.
+
+    Args:
+        args: the flags, with what `setup_processes` added.
+        teacher: a `kd_losses.Teacher`, or None.
+        steps_per_epoch: batches of one epoch, of one process.
+        class_weights: (C,) weights of the classes in the losses, or None: all alike.
+        init: the state dict that `--init` names, or None.
+    """
 
     def __init__(self, args, teacher, steps_per_epoch, class_weights, init=None):
         self.args, self.teacher, self.steps_per_epoch = args, teacher, steps_per_epoch
@@ -691,7 +699,13 @@ class Training:
         return torch.autocast(self.device.type, self.amp_dtype or torch.bfloat16, enabled=enabled)
 
     def train_one_epoch(self, loader):
-        """One pass over the training images; returns the means of the losses and the speed."""
+        """One pass over the training images.
+
+        Returns:
+            A line of the history: "epoch" from 1, the means over the steps of "loss", "ce" and
+            "kd", the last "lr" of the head, "images" of all processes, "seconds", and
+            "images_per_second".
+        """
         args, start = self.args, time.time()
         seed_everything(args.seed, self.epoch, args.rank)
         loader.sampler.set_epoch(self.epoch)
@@ -725,7 +739,17 @@ class Training:
         }  # fmt: skip
 
     def step(self, batch, global_step):
-        """One update of the weights; returns the losses, on the device."""
+        """One update of the weights.
+
+        Args:
+            batch: "image" (N, 3, H, W) uint8; "mask" (N, H, W), labels; "colour", the matrices of
+                the colour jitter; "index" (N,); with a cached teacher its maps, each
+                (N, C, h, w) float16.
+            global_step: updates before this one, since the start of the run.
+
+        Returns:
+            {"loss", "ce", "kd"}: scalars on the device.
+        """
         on_cuda = self.device.type == "cuda"  # elsewhere the memory of a batch is not pinned
         batch = {key: value.to(self.device, non_blocking=on_cuda) for key, value in batch.items()}
         images = voc_data.normalise(batch["image"], batch["colour"], self.memory_format)
@@ -749,7 +773,10 @@ class Training:
         return tuple(-(-side // self.args.loss_stride) for side in images.shape[-2:])  # rounded up
 
     def ask_teacher(self, images, batch):
-        """The teacher's maps for a batch: from the cache if the batch brought them, else live."""
+        """{key: (N, C, h, w)} of the teacher: what the batch brought of its cache, else live.
+
+        `images`: (N, 3, H, W), normalised. {} without a teacher.
+        """
         if self.teacher is None:
             return {}
         cached = {key: batch[key] for key in self.teacher.channels if key in batch}
@@ -977,9 +1004,6 @@ def save_whole(content, path):
 def epoch_line(args, history):
     """The line that is printed after an epoch."""
     record = history[-1]
-    spent = [line["seconds"] + line.get("val_seconds", 0) for line in history]
-    recent = spent[-max(3, args.val_every) :]
-    left = (args.epochs - record["epoch"]) * sum(recent) / len(recent)
     parts = [
         f"epoch {record['epoch']}/{args.epochs}",
         f"loss {record['loss']:.3f} (ce {record['ce']:.3f} kd {record['kd']:.3f})",
@@ -987,8 +1011,22 @@ def epoch_line(args, history):
     if "val_miou" in record:
         parts.append(f"val loss {record['val_loss']:.3f} mIoU {record['val_miou']:.3f}")
     parts.append(f"{record['images_per_second']:.0f} img/s")
-    parts.append(f"{spent[-1]:.0f} s, {left / 60:.0f} min left")
+    left = time_left(args, history)
+    parts.append(f"{epoch_seconds(record):.0f} s, {left / 60:.0f} min left")
     return " | ".join(parts)
+
+
+def epoch_seconds(record):
+    """What an epoch took, its validation included."""
+    return record["seconds"] + record.get("val_seconds", 0)
+
+
+def time_left(args, history):
+    """Seconds to the end: as the last epochs took, for as many pixels as the others have."""
+    recent = history[-max(3, args.val_every) :]
+    pixels = [crop_of_epoch(args, epoch) ** 2 for epoch in range(args.epochs)]  # of a crop
+    seen = sum(pixels[record["epoch"] - 1] for record in recent)
+    return sum(map(epoch_seconds, recent)) / seen * sum(pixels[history[-1]["epoch"] :])
 
 
 def summarise_data(root, train_items, val_items):
@@ -1070,10 +1108,10 @@ def training_curves(history, title):
     left.plot(epochs, [record["loss"] for record in history], label="train loss")
     if any(record["kd"] for record in history):
         ce = [record["ce"] for record in history]
-        left.plot(epochs, ce, "--", label="train cross-entropy (class weights)")
+        left.plot(epochs, ce, "--", label="train cross-entropy")
     val_losses = [record["val_loss"] for record in validated]
-    left.plot(val_epochs, val_losses, marker=".", label="val cross-entropy")
-    left.set(xlabel="epoch", ylabel="loss", title=title)
+    left.plot(val_epochs, val_losses, marker=".", label="val cross-entropy, plain")
+    left.set(xlabel="epoch", ylabel="loss (train: weighed by class, augmented)", title=title)
     left.legend()
     mious = [record["val_miou"] for record in validated]
     right.plot(val_epochs, mious, marker=".", color="tab:green")

@@ -1,9 +1,10 @@
 """PASCAL VOC 2012 semantic segmentation: the data and the metric, in one file.
 
-In the order of the file: the classes and the palette; finding, downloading and checking the data in
-whatever folders people have it; a synthetic sample that needs no download; reading one image with
-its mask; the decode-once cache; transforms that move image, mask and teacher maps together; the
-dataset and its loaders; the confusion matrix and `evaluate`.
+In the order of the file: the classes and the palette; errors and signals; finding, downloading and
+checking the data in whatever folders people have it; a synthetic sample that needs no download;
+reading one image with its mask; the decode-once cache; transforms that move image, mask and teacher
+maps together; the dataset and its loaders; the confusion matrix and `evaluate`. Then what the
+scripts share: devices and the cost of a network, files that are written whole, overlays.
 
     python voc_data.py --data_root DIR     checks every file of a data set and counts its classes
     python voc_data.py --download          gets VOC 2012 (2 GB) into ./data
@@ -580,7 +581,7 @@ def list_extra_images(folder, root, excluded):
 
 # ------------------------------------------------------------------------ caches: decode once
 
-CACHE_VERSION = 1  # raise it when the content of a cache changes
+CACHE_VERSION = 2  # raise it when the content of a cache changes
 # The caches are mapped read-only: a writable private map of a file that is larger than the memory
 # is refused. torch warns once that it cannot mark such an array; nothing writes into one.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")

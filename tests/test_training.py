@@ -8,6 +8,8 @@ import runpy
 import shlex
 import shutil
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -825,6 +827,18 @@ def test_train_txt_trains_all_six_variants():
     assert variants == {(model, mode) for model in kd_losses.STUDENTS for mode in MODES}
 
 
+def test_time_left_counts_the_pixels_of_the_epochs_to_come():
+    """After two epochs of 10 s on 128 px crops, and before one of them and two on 256 px."""
+    flags = "--epochs 5 --early_epochs 3 --early_crop 128 --crop_size 256"
+    args = train.get_args_parser().parse_args(flags.split())
+    history = [{"epoch": 1, "seconds": 10}, {"epoch": 2, "seconds": 8, "val_seconds": 2}]
+    assert train.time_left(args, history) == pytest.approx(10 + 2 * 4 * 10)
+    history += [{"epoch": 3, "seconds": 10}, {"epoch": 4, "seconds": 30}]
+    assert train.time_left(args, history) == pytest.approx((10 + 10 + 30) / (1 + 1 + 4) * 4)
+    history.append({"epoch": 5, "seconds": 40})
+    assert train.time_left(args, history) == 0
+
+
 # --------------------------------------------------------------------------------- test.py
 
 
@@ -847,6 +861,32 @@ def tested(runs, teacher_file, tiny_voc, tmp_path_factory):
     output = folder / "report"
     more = ["--save_dir", folder, "--visualize", "--num_vis", 2]
     return output, measure(tiny_voc, output, *more)
+
+
+@pytest.mark.parametrize(
+    "name, history",
+    [
+        ("best_model_standard_none.pth", "history_standard_none.jsonl"),
+        ("epoch_20_standard_none.pth", "history_standard_none.jsonl"),
+        ("first_stage_standard_none.pth", "first_stage_history_standard_none.jsonl"),
+    ],
+)
+def test_history_of_a_checkpoint_is_that_of_its_run(name, history, tmp_path):
+    student = SimpleNamespace(path=tmp_path / name, run="standard_none")
+    assert test_script.history_of(student) == tmp_path / history
+
+
+@pytest.mark.parametrize(
+    "flags, folder",
+    [
+        ("", "report"),
+        ("--checkpoint a/best_model_standard_none.pth b.pth", "report/best_model_standard_none"),
+        ("--model standard", "report/standard"),
+    ],
+)
+def test_a_selection_does_not_replace_the_comparison(flags, folder):
+    args = test_script.get_args_parser().parse_args(flags.split())
+    assert test_script.default_output(args) == Path(folder)
 
 
 def test_without_checkpoints_every_best_model_of_the_folder_is_tested_in_order(tested):
