@@ -1108,10 +1108,10 @@ def training_curves(history, title):
     left.plot(epochs, [record["loss"] for record in history], label="train loss")
     if any(record["kd"] for record in history):
         ce = [record["ce"] for record in history]
-        left.plot(epochs, ce, "--", label="train cross-entropy")
+        left.plot(epochs, ce, "--", label="train cross-entropy (class weights)")
     val_losses = [record["val_loss"] for record in validated]
-    left.plot(val_epochs, val_losses, marker=".", label="val cross-entropy, plain")
-    left.set(xlabel="epoch", ylabel="loss (train: weighed by class, augmented)", title=title)
+    left.plot(val_epochs, val_losses, marker=".", label="val cross-entropy (plain)")
+    left.set(xlabel="epoch", ylabel="loss", title=title)
     left.legend()
     mious = [record["val_miou"] for record in validated]
     right.plot(val_epochs, mious, marker=".", color="tab:green")
