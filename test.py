@@ -433,7 +433,7 @@ def draw_per_class(rows, path):
     axis.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right")
     axis.set(ylabel="IoU %", xlim=(-0.6, len(CLASSES) - 0.4))
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7, ncols=min(4, len(rows)))
+    figure.legend(loc="outside upper center", fontsize=7, ncols=min(4, len(rows)))
     voc_data.write_figure(figure, path)
 
 
