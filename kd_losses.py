@@ -29,9 +29,11 @@ saved with the weights. The teacher never trains: it stays in eval mode, under n
 saved.
 """
 
+import contextlib
 import math
 import pickle
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +48,12 @@ from model_standard import StandardSegmentationModel
 from model_ultracompact import UltraCompactSegmentationModel
 from voc_data import (
     CACHE_VERSION, NUM_CLASSES, UNLABELLED, VOID, ArrayStore, ArrayStoreWriter, DataError,
-    UsageError, cached, fingerprint, has_room, normalise, read_item, resize_longest,
+    UsageError, cached, fingerprint, has_room, image_size, normalise, read_item, resize_longest,
 )  # fmt: skip
 
 KD_MODES = ("none", "response", "feature")
 LEVELS = ("low", "mid", "high")  # strides 4, 8 and 16 of a student
+TEACHER_SIZE = 513  # longest side in pixels at which networks trained for VOC are at their best
 STUDENTS = {
     "ultracompact": UltraCompactSegmentationModel,
     "standard": StandardSegmentationModel,
@@ -216,6 +219,9 @@ def load_student(path):
     classes = checkpoint.get("num_classes", NUM_CLASSES)
     if not isinstance(classes, int) or classes < 1:
         raise DataError(f"{path} names {classes!r} as its number of classes")
+    size = checkpoint.get("eval_size", 0)
+    if not isinstance(size, int) or size < 0:
+        raise DataError(f"{path} names {size!r} as the longest side of an image, its eval_size")
     student = STUDENTS[name](classes, pretrained=False)
     try:
         student.load_state_dict(checkpoint["model_state_dict"])
@@ -257,6 +263,8 @@ class Teacher(nn.Module):
         taps: {level: module of `network`} whose outputs are the features; None where the network
             returns them itself.
         device: where the network is.
+        size: longest side, in pixels, of the whole images that it knows best; 0: any, their own.
+        autocast: whether it may run in mixed precision.
 
     Attributes:
         channels: {"out": classes, level: channels}, seen in a trial run.
@@ -265,12 +273,14 @@ class Teacher(nn.Module):
         DataError: it returns no logits, or not for the 21 classes of VOC, or takes one size only.
     """
 
-    def __init__(self, network, name, taps=None, device="cpu"):
+    def __init__(
+        self, network, name, taps=None, device="cpu", size=TEACHER_SIZE, autocast=True
+    ):  # fmt: skip
         super().__init__()
         # In a tuple, hidden from parameters(), state_dict() and train(): it must never train, and
         # the modules of torch.export do not even allow train() and eval() to be called.
         self._network = (network.requires_grad_(False),)
-        self.name = name
+        self.name, self.size, self.autocast = name, size, autocast
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         self._tapped, self._has_taps = {}, bool(taps)
         for level, module in (taps or {}).items():
@@ -301,11 +311,13 @@ class Teacher(nn.Module):
     def forward(self, images, logits=True):
         """Outputs for (N, 3, H, W) normalised images; `logits=False` skips the head if it can."""
         network = self._network[0]
-        if not logits and self._has_taps:
-            network.backbone(images)
-            outputs = {}
-        else:
-            outputs = network(images)
+        exact = torch.autocast(images.device.type, enabled=False)
+        with contextlib.nullcontext() if self.autocast else exact:
+            if not logits and self._has_taps:
+                network.backbone(images)
+                outputs = {}
+            else:
+                outputs = network(images)
         if not isinstance(outputs, dict):
             raise DataError(f"the teacher {self.name} does not return a dict with 'out'")
         outputs = {key: outputs[key] for key in ("out", *LEVELS) if key in outputs}
@@ -356,11 +368,12 @@ def load_teacher(name="fcn_resnet50", weights_file=None, device="cpu"):
     if str(name).endswith((".pt2", ".pth", ".pt")):
         if weights_file:
             raise UsageError(f"--teacher {name} has its weights; --teacher_weights is for a name")
-        if str(name).endswith(".pt2"):
-            network = read_exported(name, device)
-        else:
-            network = StudentAsTeacher(load_student(name)[0]).to(device).eval()
-        return Teacher(network, Path(name).name, device=device)
+        label = Path(name).name
+        if str(name).endswith(".pt2"):  # an exported program may insist on the dtypes it began with
+            return Teacher(read_exported(name, device), label, device=device, autocast=False)
+        student, checkpoint = load_student(name)
+        network = StudentAsTeacher(student).to(device).eval()
+        return Teacher(network, label, device=device, size=checkpoint.get("eval_size", 0))
     known = models.list_models(module=models.segmentation)
     if name not in known:
         raise UsageError(
@@ -443,7 +456,7 @@ def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identit
 
     Args:
         items, pixels: the images, and their `pixel_cache` or None.
-        size: the longest side that the teacher sees, in pixels.
+        size: the longest side that the teacher sees, in pixels; 0: the image's own.
         keys: which of "out", "low", "mid", "high" to keep.
         identity: what tells this teacher from others, besides its name.
 
@@ -456,11 +469,8 @@ def teacher_cache(teacher, items, pixels, cache_dir, size, keys, device, identit
     """
     identity = (teacher.name, identity, size, tuple(keys), CACHE_VERSION)
     folder = Path(cache_dir) / f"teacher-{fingerprint(items, identity)}"
-    needed = sum(
-        2 * teacher.channels[key] * math.prod(kept_size((size, size), key)) * len(items)
-        for key in keys
-    )
-    if not folder.is_dir() and not has_room(cache_dir, needed):
+    needed = 0 if folder.is_dir() else kept_bytes(teacher, items, size, keys)
+    if not has_room(cache_dir, needed):
         raise DataError(
             f"the teacher cache needs {needed / 1e9:.1f} GB, and {cache_dir} has less: free some, "
             "name another --cache_dir, or ask the teacher about every crop (--teacher_cache none)"
@@ -496,6 +506,15 @@ def whole_image_maps(teacher, image, size, keys):
             value = F.interpolate(value, size=cells, mode="area")
         maps[key] = value[0].half().cpu()
     return maps
+
+
+def kept_bytes(teacher, items, size, keys):
+    """What `teacher_cache` takes on disk, at most: as if all images were square."""
+    sides = Counter(size or max(image_size(item)) for item in items)
+    return sum(
+        2 * teacher.channels[key] * math.prod(kept_size((side, side), key)) * number
+        for side, number in sides.items() for key in keys
+    )  # fmt: skip
 
 
 def kept_size(size, key):

@@ -136,7 +136,6 @@ class Tested:
         expected = {
             "num_classes": checkpoint.get("num_classes", NUM_CLASSES) == NUM_CLASSES,
             "kd_mode": checkpoint.get("kd_mode") in KD_MODES,
-            "eval_size": isinstance(checkpoint.get("eval_size", 0), int),
             "settings": isinstance(checkpoint.get("settings", {}), dict),
         }
         for key, right in expected.items():
@@ -288,10 +287,10 @@ def read_json(text, path):
 # --------------------------------------------------------------------------------------- tables
 
 # Settings of a run that say where it ran, how often it was looked at, and the seed: not a choice of
-# what to compute. And those that only distillation has.
+# what to compute (amp_dtype is what --amp came to there). And those that only distillation has.
 NO_CHOICES = {
     "seed", "save_dir", "cache_dir", "data_root", "workers", "device", "resume", "overwrite",
-    "pixel_cache", "val_every", "patience", "checkpoint_interval",
+    "pixel_cache", "val_every", "patience", "checkpoint_interval", "amp_dtype",
 }  # fmt: skip
 KD_SETTINGS = {
     "kd_mode", "teacher", "teacher_weights", "teacher_cache", "teacher_size", "temperature",
@@ -340,7 +339,7 @@ def write_tables(rows, output, what):
     per_class.append(["mean", *(percent(row["miou"]) for row in rows)])
     table = tabulate(per_class, headers=["IoU %", *names], tablefmt="github", disable_numparse=True)
     write_text(table + "\n", output / "per_class.md")
-    write_runs_table(rows, output / "runs.md")
+    write_runs_table([row for row in rows if row["kd_mode"] != "teacher"], output / "runs.md")
     print(f"tables in {output}/: results.md .tex .csv .json, per_class.md")
 
 

@@ -100,8 +100,9 @@ def get_args_parser():
         "once about each whole image and keep it on disk; none: ask it about every training crop",
     )  # fmt: skip
     group.add_argument(
-        "--teacher_size", type=int, default=513, help="longest side the teacher sees, in pixels"
-    )
+        "--teacher_size", type=int, help="longest side the teacher sees, in pixels; 0: the image's "
+        f"own (default: what a student was made for, {kd_losses.TEACHER_SIZE} for other teachers)",
+    )  # fmt: skip
     group.add_argument(
         "--extra_images", metavar="DIR", help="photographs without masks, for the distillation "
         "term alone; 'voc' takes every JPEG of the VOC tree that has no mask",
@@ -214,9 +215,9 @@ def main(args):
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
     args.teacher_digest = teacher_digest(args)
+    teacher = build_teacher(args)
     if resumed and resumed["epoch"]:
         check_same_settings(args, resumed)
-    teacher = build_teacher(args)
     if not resumed:
         begin_afresh(args, files)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
@@ -296,7 +297,7 @@ def check_args(args):
         ("cutmix", 0 <= args.cutmix <= (args.batch_size > 1), "in 0..1, and 0 at --batch_size 1"),
         ("class_balance", 0 <= args.class_balance <= 1, "in 0..1"),
         ("eval_size", args.eval_size == 0 or args.eval_size >= 33, "0, or at least 33"),
-        ("teacher_size", args.teacher_size >= 33, "at least 33"),
+        ("teacher_size", not args.teacher_size or args.teacher_size >= 33, "0, or at least 33"),
         ("workers", args.workers >= 0, "0 or more"),
         ("weight_decay", args.weight_decay >= 0, "0 or more"),
         ("backbone_lr_factor", args.backbone_lr_factor >= 0, "0 or more"),
@@ -365,16 +366,20 @@ def begin_afresh(args, files):
 def bring_along(args, trainer, files, resumed):
     """Copy a state from elsewhere, and the best weights beside it if they are its own.
 
-    A run that is cut off before its next epoch ends must find its own start in --save_dir.
+    Where those are missing, the averaged weights of the state are the best there are, if they were
+    validated. A run that is cut off before its next epoch ends must find its own start in
+    --save_dir.
     """
     best = Path(resumed["path"]).with_name(files.best.name)
     its_epoch = resumed.get("best", trainer.best)["epoch"]  # none in a run that has done nothing
     has_best = from_first(args, lambda: epoch_of(best) == its_epoch)
     if not has_best:
-        trainer.best, trainer.since_best = {"miou": -1.0, "epoch": 0}, 0
+        trainer.forget_best()
     if args.rank == 0:
         if has_best:
             write_whole(best.read_bytes(), files.best)
+        elif trainer.best["epoch"]:
+            save_whole(trainer.shipped(), files.best)
         save_whole(trainer.state_dict(), files.last)
 
 
@@ -536,15 +541,17 @@ def teacher_digest(args):
 
 
 def build_teacher(args):
-    """The frozen teacher of a run; None in mode none."""
-    if args.kd_mode == "none":
-        return None
-    teacher = local_first(
-        args,
-        lambda: kd_losses.load_teacher(args.teacher, args.teacher_weights, args.torch_device),
-    )
+    """The frozen teacher of a run, None in mode none; chooses --teacher_size if it is not given."""
+    teacher = None
+    if args.kd_mode != "none":
+        teacher = local_first(
+            args,
+            lambda: kd_losses.load_teacher(args.teacher, args.teacher_weights, args.torch_device),
+        )
     if args.kd_mode == "feature":
         teacher.require(args.kd_levels)
+    if args.teacher_size is None:
+        args.teacher_size = teacher.size if teacher else kd_losses.TEACHER_SIZE
     return teacher
 
 
@@ -822,10 +829,10 @@ class Training:
             )
 
     def validate(self, loader):
-        """mIoU and loss of the averaged weights on the validation split."""
+        """mIoU and loss of the averaged weights on the val split, in float32 as in test.py."""
         start = time.time()
         torch.backends.cudnn.benchmark = False  # every image has a size of its own
-        result = voc_data.evaluate(self.averaged, loader, self.device, self.autocast)
+        result = voc_data.evaluate(self.averaged, loader, self.device)
         return {
             "val_loss": result.loss, "val_miou": result.matrix.miou,
             "val_pixel_accuracy": result.matrix.pixel_accuracy, "val_seconds": time.time() - start,
@@ -841,6 +848,13 @@ class Training:
         if record["val_miou"] > self.best["miou"]:
             self.best = {"miou": record["val_miou"], "epoch": self.epoch}
             self.since_best = 0
+
+    def forget_best(self):
+        """Look for the best epoch anew, from the last one on if that was validated."""
+        self.best, self.since_best = {"miou": -1.0, "epoch": 0}, 0
+        miou = self.history[-1].get("val_miou") if self.history else None
+        if miou is not None:
+            self.best = {"miou": miou, "epoch": self.epoch}
 
     def out_of_patience(self):
         """True when early stopping is on and due."""
@@ -872,15 +886,15 @@ class Training:
 
     def load_state_dict(self, state):
         """Continue from what `state_dict` gave, on this device or another."""
+        for group in state["optimizer"]["param_groups"]:  # the kernel of this device, not of that
+            group["fused"] = self.optimizer.defaults["fused"]
         for name in ("student", "averaged", "adapters", "optimizer", "scaler"):
             if state[name] or name != "scaler":  # empty where the last device needed no scaling
                 getattr(self, name).load_state_dict(state[name])
         for name in ("epoch", "best", "since_best", "history"):
             setattr(self, name, state[name])
         self.saved = self.epoch
-        # The optimizer took the other device's kernel and memory format along with its moments.
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.optimizer.defaults["fused"]
+        # The moments came in the memory format of the other device.
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:

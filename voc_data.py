@@ -60,6 +60,7 @@ CLASSES = (
 NUM_CLASSES = len(CLASSES)
 VOID = 255  # a pixel without a label: object borders, and padding
 UNLABELLED = 254  # ours, never in a file: a real pixel of an image that has no ground truth
+VOC_SIZE = 500  # longest side of VOC's pictures, in pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -110,10 +111,16 @@ def run_script(main, args):
     except torch.OutOfMemoryError as error:
         hint = "Use a smaller --batch_size, --crop_size or --eval_size, or --device cpu"
         sys.exit(fail(name, f"out of memory on the GPU ({str(error).splitlines()[0]}) {hint}", 1))
-    except RuntimeError as error:  # a SIGTERM to the whole group may reach a loader worker first
-        if "killed by signal: Terminated" not in str(error):
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
-        sys.exit(143)
+        if "Terminated" in str(error):  # a SIGTERM to the whole group may reach a worker first
+            sys.exit(143)
+        hint = (
+            "Most likely memory ran out, or /dev/shm, which docker run --shm-size=2g makes larger. "
+            "Use fewer --workers; 0 needs no such process"
+        )
+        sys.exit(fail(name, f"{str(error).splitlines()[0].strip()} {hint}", 1))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -496,11 +503,17 @@ def read_mask(path):
 def read_item(item):
     """Image and labels of an item, `(H, W, 3)` and `(H, W)` uint8; UNLABELLED without a mask.
 
+    A photograph without a mask may come from any camera: it is scaled down to the size of VOC's
+    pictures, for which `--scale` and `--crop_size` are meant.
+
     Raises:
         DataError: a file is broken, or the two differ in size.
     """
     image = read_image(item.image)
     if item.mask is None:
+        photograph = Image.fromarray(image)
+        photograph.thumbnail((VOC_SIZE, VOC_SIZE))
+        image = np.array(photograph)
         return image, np.full(image.shape[:2], UNLABELLED, dtype=np.uint8)
     mask = read_mask(item.mask)
     if mask.shape != image.shape[:2]:
@@ -581,7 +594,7 @@ def list_extra_images(folder, root, excluded):
 
 # ------------------------------------------------------------------------ caches: decode once
 
-CACHE_VERSION = 2  # raise it when the content of a cache changes
+CACHE_VERSION = 3  # raise it when the content of a cache changes
 # The caches are mapped read-only: a writable private map of a file that is larger than the memory
 # is refused. torch warns once that it cannot mark such an array; nothing writes into one.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -701,7 +714,7 @@ def pixel_cache(items, cache_dir, workers=0):
     """
     folder = Path(cache_dir) / f"pixels-{fingerprint(items, CACHE_VERSION)}"
     if not folder.is_dir():
-        needed = 4 * sum(math.prod(image_size(item.image)) for item in items)
+        needed = 4 * sum(math.prod(image_size(item)) for item in items)
         if not has_room(cache_dir, needed):
             print(f"the pixel cache needs {needed / 1e9:.1f} GB, and {cache_dir} has less: "
                   "decoding in every epoch (slower, the same pictures)")  # fmt: skip
@@ -723,13 +736,15 @@ def pixel_cache(items, cache_dir, workers=0):
     return ArrayStore(folder, "images"), ArrayStore(folder, "masks")
 
 
-def image_size(path):
-    """(width, height) from the header of a picture, without decoding it."""
+def image_size(item):
+    """The sides that `read_item` gives its image, from the header alone, without decoding it."""
     try:
-        with Image.open(path) as picture:
-            return picture.size
+        with Image.open(item.image) as picture:
+            sides = picture.size
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as an image ({error})") from error
+        raise DataError(f"{item.image} cannot be read as an image ({error})") from error
+    shrink = min(1, VOC_SIZE / max(sides)) if item.mask is None else 1
+    return tuple(max(1, round(side * shrink)) for side in sides)
 
 
 class RawPictures(Dataset):
@@ -1206,7 +1221,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, device, autocast=None, on_image=None):
+def evaluate(model, loader, device, on_image=None):
     """Run a network over a split and count.
 
     One image at a time: the logits are upsampled to the mask's own size, the mask is never resized.
@@ -1215,7 +1230,6 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
     Args:
         model: maps (1, 3, H, W) normalised images to (1, C, H, W) logits.
         loader: from `eval_loader`.
-        autocast: a context manager factory, such as `lambda: torch.autocast("cuda")`.
         on_image: called with (index, labels (H, W), prediction (H, W)) of each image.
     """
     was_training = model.training
@@ -1225,8 +1239,7 @@ def evaluate(model, loader, device, autocast=None, on_image=None):
     sums = torch.zeros(3, dtype=exact, device=device)  # loss, pixels, images
     for sample in loader:
         image, target = sample["image"].to(device), sample["mask"].to(device)
-        with autocast() if autocast else contextlib.nullcontext():
-            logits = model(normalise(image)).float()
+        logits = model(normalise(image)).float()
         if logits.shape[-2:] != target.shape[-2:]:
             logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
         prediction = logits.max(dim=1).indices  # on a CPU several times faster than argmax
@@ -1529,7 +1542,13 @@ def main(args):
         raise UsageError("--download puts VOC into ./data: leave --data_root out")
     root = download_voc(Path("data")) if args.download else find_voc(args.data_root)
     print(f"VOC 2012 at {root}")
-    problems = check_data(root, args.splits or splits_with_masks(root))
+    splits = args.splits or splits_with_masks(root)
+    if not splits:
+        raise DataError(
+            f"{root} has no list whose images have masks: are ImageSets/Segmentation/*.txt and "
+            f"{MASK_FOLDERS[0]}/*.png there?"
+        )
+    problems = check_data(root, splits)
     if problems:
         raise DataError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems))
     print("every listed image and mask is readable and whole")

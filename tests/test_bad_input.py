@@ -882,6 +882,19 @@ def test_gpu_without_enough_memory(run_train, tmp_path, monkeypatch):
     assert "same command" not in result[1]
 
 
+def test_loader_worker_that_was_killed_for_memory(run_train, monkeypatch):
+    """In torch's own words, for want of a small /dev/shm."""
+
+    def fail(*_):
+        raise RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+            "dataloader's workers are out of shared memory."
+        )
+
+    monkeypatch.setattr(train.Training, "step", fail)
+    assert_refused(run_train(), 1, "is killed by signal: Bus error", "/dev/shm", "--workers")
+
+
 def test_interruption_while_saving_leaves_no_stray_file(tmp_path, monkeypatch):
     """Ctrl-C or SIGTERM in the middle of a write: the old file, and nothing beside it."""
     path = tmp_path / "file.bin"

@@ -400,9 +400,10 @@ def picture(height=12, width=20):
 def test_picture_of_too_many_pixels_is_refused_by_its_name(tmp_path, monkeypatch):
     Image.new("L", (40, 40)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for read in (voc_data.read_image, voc_data.image_size):
+    path = tmp_path / "huge.png"
+    for read, what in ((voc_data.read_image, path), (voc_data.image_size, Item("a", path, None))):
         with pytest.raises(DataError, match="huge.png cannot be read"):
-            read(tmp_path / "huge.png")
+            read(what)
 
 
 def test_grey_picture_becomes_three_equal_channels(tmp_path):
@@ -543,6 +544,19 @@ def test_extra_images_voc_are_those_without_a_mask(tmp_path):
     assert [(item.id, item.mask) for item in items] == [("without", None)]
 
 
+def test_photograph_of_a_camera_is_scaled_down_to_the_size_of_voc(tmp_path):
+    """But for those with a mask, which must keep the size of it."""
+    Image.fromarray(picture(900, 1200)).save(tmp_path / "a.png")
+    Image.new("L", (1200, 900)).save(tmp_path / "mask.png")
+    photograph = Item("a", tmp_path / "a.png", None)
+    image, labels = voc_data.read_item(photograph)
+    assert image.shape == (375, 500, 3) and labels.shape == (375, 500)
+    assert voc_data.image_size(photograph) == (500, 375)
+    with_mask = photograph._replace(mask=tmp_path / "mask.png")
+    assert voc_data.read_item(with_mask)[0].shape == (900, 1200, 3)
+    assert voc_data.image_size(with_mask) == (1200, 900)
+
+
 def test_extra_images_that_are_not_there_are_an_error(tmp_path):
     root = make_voc(tmp_path / "voc", ["with"])
     for folder in (tmp_path / "absent", "voc"):
@@ -576,6 +590,17 @@ def test_sample_is_whole_and_has_all_classes_void_and_many_sizes(sample_root, ca
 
 
 # -------------------------------------------------------------------------------------- overlay
+
+
+@pytest.mark.parametrize("empty", ["SegmentationClass", "ImageSets/Segmentation"])
+def test_check_of_a_tree_without_masks_or_lists_fails(empty, tmp_path):
+    root = make_voc(tmp_path, ["a"])
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_text("a\n")
+    for path in (root / empty).iterdir():
+        path.unlink()
+    args = voc_data.get_args_parser().parse_args(["--data_root", str(root)])
+    with pytest.raises(DataError, match="no list whose images have masks"):
+        voc_data.main(args)
 
 
 def test_overlay_blends_objects_by_half_keeps_background_and_hatches_void():

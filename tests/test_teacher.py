@@ -122,14 +122,15 @@ def test_student_checkpoint_teaches_with_its_logits_and_features(student_file):
 class Exported(nn.Module):
     """A small network with the output that a .pt2 teacher must have."""
 
-    def __init__(self, classes=21, levels=True):
+    def __init__(self, classes=21, levels=True, cast=False):
         super().__init__()
         self.low = nn.Sequential(nn.Conv2d(3, 6, 5, 4, 2), nn.BatchNorm2d(6), nn.ReLU())
         self.mid, self.high = nn.Conv2d(6, 7, 3, 2, 1), nn.Conv2d(7, 8, 3, 2, 1)
-        self.head, self.levels = nn.Conv2d(8, classes, 1), levels
+        self.head, self.levels, self.cast = nn.Conv2d(8, classes, 1), levels, cast
 
     def forward(self, image):
         low = self.low(image)
+        low = low.float() if self.cast else low
         mid = self.mid(low)
         high = self.high(mid)
         out = {"out": F.interpolate(self.head(high), size=image.shape[-2:], mode="bilinear")}
@@ -162,6 +163,28 @@ def test_exported_teacher_gives_what_the_network_gave(tmp_path):
     assert teacher.parameter_count == sum(p.numel() for p in network.parameters())
     teacher.require(LEVELS)
     assert file.read_bytes() == before
+
+
+def test_exported_teacher_keeps_its_precision_under_autocast(tmp_path):
+    """A `.float()` in it is exported with a check that its input is float32."""
+    network, file = export(tmp_path, cast=True)
+    teacher = load_teacher(file)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = teacher(images())["out"]
+    with torch.no_grad():
+        assert torch.allclose(out, network(images())["out"], atol=1e-5)
+
+
+def test_teacher_knows_the_size_it_was_made_for(tmp_path):
+    student = save_student(tmp_path / "student.pth", "ultracompact")
+    content = torch.load(student, weights_only=True)
+    for size in (0, 320):
+        torch.save(content | {"eval_size": size}, student)
+        assert load_teacher(student).size == size
+    assert load_teacher(export(tmp_path)[1]).size == 513
+    torch.save(content | {"eval_size": -1}, student)
+    with pytest.raises(DataError, match="names -1 as the longest side"):
+        load_teacher(student)
 
 
 def test_exported_teacher_without_features_is_refused_for_feature_mode_alone(tmp_path):
@@ -295,7 +318,7 @@ def cache(teacher, items, folder, keys=("out", *LEVELS), pixels=None, size=96, i
     return kd_losses.teacher_cache(teacher, items, pixels, folder, size, keys, "cpu", identity)
 
 
-@pytest.mark.parametrize("longest", [96, 97])  # a multiple of the strides, and one more: as 513
+@pytest.mark.parametrize("longest", [96, 97, 0])  # a multiple of the strides, one more; its own
 def test_teacher_cache_is_what_the_teacher_says_of_the_whole_image(
     student_file, items, longest, tmp_path
 ):
@@ -305,7 +328,7 @@ def test_teacher_cache_is_what_the_teacher_says_of_the_whole_image(
     assert cells_of_crops == {"out": 4, "low": 4, "mid": 8, "high": 16}
     for index, item in enumerate(items):
         image = torch.from_numpy(voc_data.read_item(item)[0]).permute(2, 0, 1)
-        factor = longest / max(image.shape)
+        factor = longest / max(image.shape) if longest else 1
         size = [round(side * factor) for side in image.shape[1:]]
         image = voc_data.TF.resize(image, size, antialias=True)
         live = teacher(voc_data.normalise(image[None]))

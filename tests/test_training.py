@@ -249,6 +249,7 @@ def test_optimizer_keeps_its_own_kernel_and_layout_over_a_change_of_device(runs,
     for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = moments["exp_avg"].contiguous()
     trainer.load_state_dict(state)
+    assert all(group["fused"] is True for group in state["optimizer"]["param_groups"])
     assert all(group["fused"] is True for group in trainer.optimizer.param_groups)
     for parameter, moments in trainer.optimizer.state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
@@ -271,6 +272,7 @@ def test_another_teacher_of_the_same_name_is_another_run(runs, tiny_voc, teacher
     with pytest.raises(UsageError, match="teacher_digest"):
         train.main(parsed(tiny_voc, runs, "response", other, "--checkpoint_interval", 2))
 
+
 def test_restart_by_torchrun_goes_on_even_where_the_flags_say_afresh(tmp_path, monkeypatch):
     args = train.get_args_parser().parse_args(["--resume", "none", "--overwrite"])
     files = train.RunFiles(tmp_path, "ultracompact_none")
@@ -280,9 +282,7 @@ def test_restart_by_torchrun_goes_on_even_where_the_flags_say_afresh(tmp_path, m
     assert train.find_resume(args, files)["epoch"] == 3
 
 
-def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
-    runs, tiny_voc, tmp_path
-):
+def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(runs, tiny_voc, tmp_path):
     """Before the first epoch: whatever cuts the run off then, it can go on from --save_dir."""
     last, best = runs / "last_ultracompact_none.pth", runs / "best_model_ultracompact_none.pth"
     for name, has_best in (("with", True), ("without", False), ("of another epoch", False)):
@@ -301,8 +301,11 @@ def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(
         if has_best:
             assert (save / best.name).read_bytes() == best.read_bytes()
             assert after["best"] == before["best"]
-        else:
-            assert not (save / best.name).exists() and after["best"]["epoch"] == 0
+        else:  # the averaged weights of the last epoch, which was validated, are the best there are
+            found = torch.load(save / best.name, weights_only=True)
+            assert equal(found["model_state_dict"], before["averaged"])
+            assert after["best"] == {"miou": before["history"][-1]["val_miou"], "epoch": EPOCHS}
+            assert after["best"]["miou"] == found["miou"]
 
 
 def test_resume_from_a_run_elsewhere_that_has_done_nothing(tiny_voc, tmp_path):
@@ -354,6 +357,31 @@ def test_run_of_a_version_with_fewer_flags_goes_on_where_the_new_ones_are_off(ru
     args.cutmix = 0.5
     with pytest.raises(UsageError, match="cutmix .was 0.0, now 0.5"):
         train.check_same_settings(args, resumed)
+
+
+@pytest.mark.parametrize("asked, size", [(None, 80), (0, 0), (65, 65)])
+def test_student_as_a_teacher_is_asked_at_the_size_it_was_made_for(
+    asked, size, tiny_voc, teacher_file, tmp_path
+):
+    content = torch.load(teacher_file, weights_only=True)
+    torch.save(content | {"eval_size": 80}, tmp_path / "student.pth")
+    args = parsed(tiny_voc, tmp_path / "s", "response", tmp_path / "student.pth")
+    args.teacher_size = asked
+    train.check_args(args)
+    train.setup_processes(args)
+    train.build_teacher(args)
+    assert args.teacher_size == size
+
+
+def test_validation_is_in_float32_whatever_the_training(tiny_voc, tmp_path):
+    flags = ("--amp", "bfloat16", "--epochs", 1)
+    train.main(parsed(tiny_voc, tmp_path, "none", "fcn_resnet50", *flags))
+    student, checkpoint = kd_losses.load_student(tmp_path / "best_model_ultracompact_none.pth")
+    data = voc_data.VOCDataset(voc_data.list_items(tiny_voc, "val"), voc_data.EvalTransform(0))
+    result = voc_data.evaluate(student, voc_data.eval_loader(data, 0), "cpu")
+    record = history(tmp_path, "none")[-1]
+    assert record["val_miou"] == result.matrix.miou
+    assert record["val_loss"] == pytest.approx(result.loss, rel=1e-6)
 
 
 def test_early_epochs_see_smaller_crops_of_smaller_pictures(tiny_voc, teacher_file, tmp_path):
@@ -980,6 +1008,24 @@ def test_several_seeds_of_one_variant_are_summed_up(runs, tiny_voc, tmp_path):
     assert f"{statistics.mean(mious):.2f}" in line and f"{statistics.stdev(mious):.2f}" in line
     measure(tiny_voc, tmp_path / "out", "--checkpoint", second, second)  # one run, twice
     assert (tmp_path / "out" / "runs.md").read_text().splitlines()[2].split("|")[6].strip() == "-"
+
+
+def test_several_seeds_beside_the_row_of_a_teacher(runs, tiny_voc, tmp_path):
+    output = tmp_path / "out"
+    paths = [runs / "best_model_ultracompact_none.pth"] * 2
+    (row, _) = measure(tiny_voc, output, "--checkpoint", *paths)
+    teacher = {name: row[name] for name in row.keys() - {"seed", "settings", "gain"}}
+    teacher |= {"model": "fcn_resnet50", "kd_mode": "teacher"}
+    (output / "teacher_fcn_resnet50.json").write_text(json.dumps(teacher))
+    rows = measure(tiny_voc, output, "--checkpoint", *paths)
+    assert [row["kd_mode"] for row in rows] == ["none", "none", "teacher"]
+    assert len((output / "runs.md").read_text().splitlines()) == 3
+
+
+def test_seeds_on_gpus_that_chose_another_precision_are_seeds_of_one_run():
+    on_t4, on_a100 = ({"settings": {"lr": 1, "amp": "auto", "amp_dtype": dtype}}
+                      for dtype in ("float16", "bfloat16"))  # fmt: skip
+    assert test_script.choices(on_t4) == test_script.choices(on_a100) == {"lr": 1, "amp": "auto"}
 
 
 def test_gain_is_over_runs_that_are_no_shorter():
