@@ -48,7 +48,8 @@ from model_standard import StandardSegmentationModel
 from model_ultracompact import UltraCompactSegmentationModel
 from voc_data import (
     CACHE_VERSION, NUM_CLASSES, UNLABELLED, VOID, ArrayStore, ArrayStoreWriter, DataError,
-    UsageError, cached, fingerprint, has_room, image_size, normalise, read_item, resize_longest,
+    UsageError, cached, fingerprint, has_room, image_size, normalise, out_of_memory, read_item,
+    resize_longest,
 )  # fmt: skip
 
 KD_MODES = ("none", "response", "feature")
@@ -233,6 +234,8 @@ def load_student(path):
 
 def read_checkpoint(path):
     """The content of a file of `torch.save`, on the CPU, without executing anything in it."""
+    if Path(path).is_dir():
+        raise DataError(f"{path} is a folder: name a .pth file in it")
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist")
     try:
@@ -287,9 +290,9 @@ class Teacher(nn.Module):
             module.register_forward_hook(self._remember(level))
         try:
             trial = self(torch.zeros(2, 3, 65, 65, device=device))
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, AssertionError) as error:  # a program that was exported for one size
+            if out_of_memory(error):
+                raise
             raise DataError(
                 f"the teacher {name} does not take two images of 65x65 ({first_line(error)}). A "
                 ".pt2 file must be exported with dynamic_shapes for dimensions 0, 2 and 3"
@@ -437,7 +440,8 @@ def read_exported(path, device):
         program = torch.export.load(path)
     except Exception as error:  # torch.export raises many kinds for a file that is not its own
         raise DataError(
-            f"--teacher {path} is not a file of torch.export.save ({first_line(error)})"
+            f"--teacher {path} is not a file of torch.export.save, or of a later version than "
+            f"torch {torch.__version__} ({first_line(error)})"
         ) from error
     return move_to_device_pass(program, str(device)).module()
 

@@ -25,8 +25,10 @@ import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tabulate import tabulate
 
 import voc_data
@@ -84,8 +86,9 @@ def get_args_parser():
 def main(args):
     check_args(args)
     device = voc_data.choose_device(args.device)
-    students = load_students(args, device)
     output = Path(args.output_dir or default_output(args))
+    voc_data.check_writable(output, "--output_dir")
+    students = load_students(args, device)
     if args.image:
         overlay_photographs(args, students, device, output)
         return
@@ -94,6 +97,7 @@ def main(args):
     costs = measure_costs(args, students, device)
     for student in students:
         student.doubt = doubt(student.settings, args.val_split, items, root)
+        student.unfinished = unfinished(student)
     rows = [measure(args, student, items, device, costs[student.model]) for student in students]
     add_gains(rows)
     rows += teacher_rows(output, like=rows[0])
@@ -107,7 +111,8 @@ def main(args):
 def default_output(args):
     """`report` holds the comparison of all; a selection must not take its place."""
     if args.checkpoint:
-        return Path("report", Path(args.checkpoint[0]).stem)
+        more = f"_and_{len(args.checkpoint) - 1}_more" if len(args.checkpoint) > 1 else ""
+        return Path("report", Path(args.checkpoint[0]).stem + more)
     return Path("report", args.model) if args.model else Path("report")
 
 
@@ -216,12 +221,12 @@ def measure(args, student, items, device, cost):
     matrix = result.matrix
     row = voc_data.result_row(result, cost, args.val_split, student.eval_size, device)
     print(f"\n{student.path} ({result.images} images of '{args.val_split}')\n{matrix}")
-    if student.doubt:
-        print(f"note: this network {student.doubt}")
+    for note in filter(None, (student.doubt, student.unfinished)):
+        print(f"note: this network {note}")
     return {
         "model": student.model, "kd_mode": student.kd_mode, "checkpoint": str(student.path),
         "seed": student.seed, "settings": student.settings, **row, "doubt": student.doubt,
-        "image_iou": ious,
+        "unfinished": student.unfinished, "image_iou": ious,
     }  # fmt: skip
 
 
@@ -241,6 +246,18 @@ def doubt(settings, split, items, root):
     return f"was kept apart from '{kept_apart}', not from '{split}': it may know these images"
 
 
+def unfinished(student):
+    """What to say of a run that is to go on; None where it is not, or nothing is known of it.
+
+    With --patience a run may be at its end before its last epoch.
+    """
+    planned, file = student.settings.get("epochs"), history_of(student)
+    if not planned or student.settings.get("patience") or not file.is_file():
+        return None
+    done = len(file.read_text().splitlines())
+    return f"has had {done} of its {planned} epochs so far" if done < planned else None
+
+
 def add_gains(rows):
     """Set each row's "gain" in points of mIoU: over the mean of the `none` rows like it."""
     for row in rows:
@@ -251,7 +268,8 @@ def add_gains(rows):
 def alone_like(row, rows):
     """mIoUs of the `none` rows of the same model and settings, but those of distillation.
 
-    A run that was longer, or had other labels or crops, is no measure of what the teacher gave.
+    A run that was longer, or had other labels or crops, is no measure of what the teacher gave; nor
+    is one that is not finished, on either side.
     Photographs without masks count as the teacher's gift, where they do not make an epoch longer.
     """
     mine = KD_SETTINGS
@@ -260,6 +278,7 @@ def alone_like(row, rows):
     return [
         other["miou"] for other in rows
         if (other["model"], other["kd_mode"]) == (row["model"], "none")
+        and not (row.get("unfinished") or other.get("unfinished"))
         and choices(other, mine) == choices(row, mine)
     ]  # fmt: skip
 
@@ -328,6 +347,10 @@ def write_tables(rows, output, what):
     )
     doubtful = [row for row in rows if row.get("doubt")]
     doubts = [f"No test: {row['model']} {row['kd_mode']} {row['doubt']}." for row in doubtful]
+    doubts += [
+        f"Not finished: {row['model']} {row['kd_mode']} {row['unfinished']}."
+        for row in rows if row.get("unfinished")
+    ]  # fmt: skip
     note = "\n\n".join([note, *dict.fromkeys(doubts)])
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
@@ -537,7 +560,9 @@ def overlay_photographs(args, students, device, output):
         raise DataError(f"--image {' '.join(args.image)}: there is no picture")
     written = set()
     for path in paths:
-        image = voc_data.read_image(path)
+        photograph = Image.fromarray(voc_data.read_image(path))
+        photograph.thumbnail((1024, 1024))  # more would take memory, and not be seen
+        image = np.array(photograph)
         panels = [(path.name, image, [])]
         for student in students:
             size = args.photo_size or student.eval_size or 512
@@ -548,7 +573,7 @@ def overlay_photographs(args, students, device, output):
         while target in written:
             target, again = output / f"photo_{path.stem}_{again}.jpg", again + 1
         written.add(target)
-        voc_data.overlay_sheet([panels], target)
+        voc_data.overlay_sheet([panels], target, inches=6)
         print(f"{path} -> {target}")
 
 

@@ -68,6 +68,7 @@ def main(args):
     ]
     voc_data.check_flags(args, rules)
     device = voc_data.choose_device(args.device)
+    voc_data.check_writable(args.output_dir, "--output_dir")
     teacher = load_teacher(args.teacher, args.teacher_weights, device)
     root = voc_data.find_voc(args.data_root, download=True)
     items = voc_data.list_items(root, args.val_split)

@@ -18,7 +18,9 @@ Leaves in --save_dir, {run} being {model}_{kd_mode}:
 """
 
 import argparse
+import contextlib
 import copy
+import errno
 import hashlib
 import io
 import json
@@ -50,6 +52,7 @@ FREE_ON_RESUME = {
     "pixel_cache", "epochs", "patience", "checkpoint_interval",
 }  # fmt: skip
 FROZEN_LEVELS = {"none": (), "low": ("low",), "mid": ("low", "mid")}  # of --freeze
+SAVE_AGAIN_AFTER = (2, 20, 60)  # seconds, where a folder does not take a file at once
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes the host wait for the device
 
 
@@ -205,12 +208,16 @@ def get_args_parser():
 def main(args):
     check_args(args)
     setup_processes(args)
+    voc_data.check_writable(args.save_dir, "--save_dir")
+    voc_data.check_writable(args.cache_dir, "--cache_dir")
     run_name = f"{args.model}_{args.kd_mode}"
     files = RunFiles(Path(args.save_dir), run_name)
     resumed = from_first(args, lambda: find_resume(args, files))
     init = None
     if args.init:
         init, args.init_digest = from_first(args, lambda: read_init(args, files, resumed))
+    if resumed and resumed["epoch"]:
+        init = resumed.get("student")  # whatever it started from need not be there any more
 
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
@@ -228,7 +235,7 @@ def main(args):
     trainer = Training(args, teacher, steps_per_epoch, class_weights, init)
     if resumed and resumed["epoch"]:
         trainer.load_state_dict(resumed)
-    if resumed and not same_path(resumed["path"], files.last):
+    if resumed:
         bring_along(args, trainer, files, resumed)
     args.data_summary = summarise_data(root, train_items, val_items)
     describe_run(args, root, trainer)
@@ -238,12 +245,11 @@ def main(args):
 
     try:
         run_epochs(args, trainer, train_data, val_data, files)
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyboardInterrupt, SystemExit, RuntimeError):
+    except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
         again = "again" if args.resume == "auto" else "with --resume auto"
-        say(args, f"\nstopped in epoch {trainer.saved + 1}; {trainer.saved} whole epochs are "
-                  f"saved. The same command {again} goes on from there.")  # fmt: skip
+        if not voc_data.out_of_memory(error):
+            say(args, f"\nstopped in epoch {trainer.saved + 1}; {trainer.saved} whole epochs are "
+                      f"saved. The same command {again} goes on from there.")  # fmt: skip
         raise
     if dist.is_initialized():  # not after an error: nccl would wait here for the other processes
         dist.destroy_process_group()
@@ -258,7 +264,7 @@ def run_epochs(args, trainer, train_data, val_data, files):
             record |= trainer.validate(val_data)
         trainer.finish_epoch(record)
         if args.rank == 0:
-            save_epoch(args, trainer, files)
+            save_patiently(args, trainer, files)
             trainer.saved = trainer.epoch
             print(epoch_line(args, trainer.history), flush=True)
     if trainer.out_of_patience():
@@ -339,7 +345,11 @@ def find_resume(args, files):
         )
     if path is None:
         return None
-    state = kd_losses.read_checkpoint(path)
+    try:
+        state = kd_losses.read_checkpoint(path)
+    except DataError as error:
+        hint = "Start afresh with --resume none --overwrite, or from a kept epoch_*.pth with --init"
+        raise DataError(f"{error}. {hint}") from error
     parts = {"optimizer": dict, "settings": dict, "epoch": int}
     if not isinstance(state, dict) or any(
         not isinstance(state.get(name), kind) for name, kind in parts.items()
@@ -366,14 +376,20 @@ def begin_afresh(args, files):
 def bring_along(args, trainer, files, resumed):
     """Copy a state from elsewhere, and the best weights beside it if they are its own.
 
-    Where those are missing, the averaged weights of the state are the best there are, if they were
-    validated. A run that is cut off before its next epoch ends must find its own start in
-    --save_dir.
+    Where those are missing, here or there, the averaged weights of the state are the best there
+    are, if they were validated. A run that is cut off before its next epoch ends must find its own
+    start in --save_dir.
     """
+    here = same_path(resumed["path"], files.last)
     best = Path(resumed["path"]).with_name(files.best.name)
     its_epoch = resumed.get("best", trainer.best)["epoch"]  # none in a run that has done nothing
-    has_best = from_first(args, lambda: epoch_of(best) == its_epoch)
+    # A run killed between the writing of `best` and `last` has a best of the epoch to be repeated.
+    fitting = (its_epoch, resumed["epoch"] + 1) if here else (its_epoch,)
+    has_best = from_first(args, lambda: epoch_of(best) in fitting)
+    if here and (has_best or not its_epoch):
+        return
     if not has_best:
+        say(args, f"{best} is not there or of another run: the best epoch is looked for anew")
         trainer.forget_best()
     if args.rank == 0:
         if has_best:
@@ -384,8 +400,9 @@ def bring_along(args, trainer, files, resumed):
 
 
 def epoch_of(path):
-    """The epoch of a best_model file; None where there is none."""
-    return kd_losses.read_checkpoint(path).get("epoch") if path.is_file() else None
+    """The epoch of a best_model file; None where there is none that can be read."""
+    with contextlib.suppress(DataError):
+        return kd_losses.read_checkpoint(path).get("epoch")
 
 
 def nothing_done(args):
@@ -664,7 +681,7 @@ class Training:
         teacher: a `kd_losses.Teacher`, or None.
         steps_per_epoch: batches of one epoch, of one process.
         class_weights: (C,) weights of the classes in the losses, or None: all alike.
-        init: the state dict that `--init` names, or None.
+        init: a state dict to start from, of `--init` or of the run that goes on; or None.
     """
 
     def __init__(self, args, teacher, steps_per_epoch, class_weights, init=None):
@@ -928,7 +945,7 @@ def read_init(args, files, resumed):
 
 def build_student(args, init):
     """The student at the start of a run: ImageNet, random or given weights; some parts frozen."""
-    student = kd_losses.STUDENTS[args.model](pretrained=not (args.no_pretrained or args.init))
+    student = kd_losses.STUDENTS[args.model](pretrained=not (args.no_pretrained or init))
     if init:
         student.load_state_dict(init)
     for part in frozen_parts(student, args.freeze):
@@ -997,6 +1014,11 @@ def save_epoch(args, trainer, files):
     In the first epoch there is no `last` yet, so one that says "nothing done yet" goes before.
     """
     if trainer.epoch == 1:
+        if files.last.is_file() and kd_losses.read_checkpoint(files.last).get("epoch"):
+            raise DataError(
+                f"{files.last} was not there when this run began, and holds another: it is left as "
+                "it is. The same command again goes on with that; or name another --save_dir"
+            )
         save_whole(nothing_done(args), files.last)
     if trainer.best["epoch"] == trainer.epoch:
         save_whole(trainer.shipped(), files.best)
@@ -1006,6 +1028,22 @@ def save_epoch(args, trainer, files):
     lines = "".join(json.dumps(line) + "\n" for line in trainer.history)
     write_whole(lines.encode(), files.history)
     save_whole(trainer.state_dict(), files.last)
+
+
+def save_patiently(args, trainer, files):
+    """`save_epoch`, again after a while: network drives and virus scanners refuse a write at times.
+
+    A disk that is full, or may not be written, stays so: that is raised at once.
+    """
+    for wait in (*SAVE_AGAIN_AFTER, None):
+        try:
+            return save_epoch(args, trainer, files)
+        except OSError as error:
+            reason = getattr(error.__cause__, "errno", None)
+            if wait is None or reason in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            print(f"{error}; trying again in {wait} s", flush=True)
+            time.sleep(wait)
 
 
 def save_whole(content, path):

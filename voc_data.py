@@ -108,10 +108,10 @@ def run_script(main, args):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        hint = "Use a smaller --batch_size, --crop_size or --eval_size, or --device cpu"
-        sys.exit(fail(name, f"out of memory on the GPU ({str(error).splitlines()[0]}) {hint}", 1))
     except RuntimeError as error:
+        if out_of_memory(error):
+            hint = "Use smaller images (--crop_size, --eval_size) or --batch_size, or --device cpu"
+            sys.exit(fail(name, f"out of memory ({str(error).splitlines()[0]}) {hint}", 1))
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         if "Terminated" in str(error):  # a SIGTERM to the whole group may reach a worker first
@@ -123,6 +123,12 @@ def run_script(main, args):
         sys.exit(fail(name, f"{str(error).splitlines()[0].strip()} {hint}", 1))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def out_of_memory(error):
+    """True for an error that says so; not all devices have torch's own class of it."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -671,7 +677,7 @@ def cached(folder, fill, hint="free some room there, or name another --cache_dir
     Raises:
         OSError: it could not be written; the message ends with the hint.
     """
-    remove_abandoned(folder)
+    remove_abandoned(folder.parent, f"{folder.name}.*.tmp")
     if folder.is_dir():
         return folder
     unfinished = None
@@ -691,9 +697,9 @@ def cached(folder, fill, hint="free some room there, or name another --cache_dir
     return folder
 
 
-def remove_abandoned(folder, seconds=600):
-    """Remove the unfinished copies of a cache that nobody has written to for so long."""
-    for unfinished in folder.parent.glob(f"{folder.name}.*.tmp"):
+def remove_abandoned(folder, pattern, seconds=600):
+    """Remove the unfinished caches in a folder that nobody has written to for so long."""
+    for unfinished in folder.glob(pattern):
         with contextlib.suppress(OSError):
             written = max(path.stat().st_mtime for path in (unfinished, *unfinished.iterdir()))
             if time.time() - written > seconds:
@@ -703,6 +709,8 @@ def remove_abandoned(folder, seconds=600):
 def has_room(cache_dir, needed):
     """True if the disk of `cache_dir` has `needed` bytes to spare."""
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    for pattern in ("pixels-*.tmp", "teacher-*.tmp"):
+        remove_abandoned(Path(cache_dir), pattern)
     return needed <= 0.9 * shutil.disk_usage(cache_dir).free
 
 
@@ -724,31 +732,44 @@ def pixel_cache(items, cache_dir, workers=0):
         images = ArrayStoreWriter(unfinished, "images", np.uint8)
         masks = ArrayStoreWriter(unfinished, "masks", np.uint8)
         decoded = WorkerLoader(RawPictures(items), workers, batch_size=None)
-        for image, mask in tqdm(
+        broken = []
+        for pictures in tqdm(
             decoded, "decoding once", len(items), unit="img", leave=False, disable=None
         ):
-            images.append(image.numpy())
-            masks.append(mask.numpy())
+            if isinstance(pictures, str):
+                broken.append(pictures)
+            elif not broken:  # else only the other broken files are looked for
+                images.append(pictures[0].numpy())
+                masks.append(pictures[1].numpy())
         images.close()
         masks.close()
+        refuse_broken(broken)
 
     cached(folder, fill)
     return ArrayStore(folder, "images"), ArrayStore(folder, "masks")
 
 
+def refuse_broken(problems):
+    """Raise one DataError for all that is wrong with some files, if anything is."""
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        raise DataError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems))
+
+
 def image_size(item):
-    """The sides that `read_item` gives its image, from the header alone, without decoding it."""
+    """The sides that `read_item` gives its image, by its header; (0, 0) if that cannot be read."""
     try:
         with Image.open(item.image) as picture:
             sides = picture.size
-    except UNREADABLE as error:
-        raise DataError(f"{item.image} cannot be read as an image ({error})") from error
+    except UNREADABLE:  # reading it will say what is wrong
+        return (0, 0)
     shrink = min(1, VOC_SIZE / max(sides)) if item.mask is None else 1
     return tuple(max(1, round(side * shrink)) for side in sides)
 
 
 class RawPictures(Dataset):
-    """Decoded items, `(image (H, W, 3), mask (H, W))` uint8."""
+    """Decoded items, `(image (H, W, 3), mask (H, W))` uint8; of a broken one what is wrong."""
 
     def __init__(self, items):
         self.items = items
@@ -757,7 +778,10 @@ class RawPictures(Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        return tuple(torch.from_numpy(array) for array in read_item(self.items[index]))
+        try:
+            return tuple(torch.from_numpy(array) for array in read_item(self.items[index]))
+        except DataError as error:
+            return str(error)
 
 
 # ----------------------------------------------------------------------------------- transforms
@@ -1363,6 +1387,29 @@ def choose_device(name=None, local_rank=0):
 # ---------------------------------------------------------------------------------------- files
 
 
+COLAB_DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+
+
+def check_writable(folder, flag):
+    """Refuse a folder that cannot be written, before the work whose results go there; makes none.
+
+    Raises:
+        DataError: for want of the right, or because Google Drive is not mounted in Colab, where a
+            plain folder of its name would be lost with the runtime.
+    """
+    place = Path(folder).absolute()
+    on_drive = COLAB_DRIVE.parent.is_dir() and place.is_relative_to(COLAB_DRIVE)
+    if on_drive and not COLAB_DRIVE.is_mount():
+        raise DataError(
+            f"{flag} {folder}: Google Drive is not mounted at {COLAB_DRIVE}. Mount it first "
+            "(from google.colab import drive; drive.mount), or name a folder elsewhere"
+        )
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise DataError(f"{flag} {folder} cannot be written: name another folder")
+
+
 def write_whole(data, path):
     """Write bytes so that a kill at any moment leaves the old file or the new one, never a part.
 
@@ -1445,17 +1492,18 @@ def image_iou(labels, prediction):
     return matrix.miou
 
 
-def overlay_sheet(rows, path, titles=None):
+def overlay_sheet(rows, path, titles=None, inches=2.3):
     """Save a sheet of pictures; each row is a list of `(title, (H, W, 3) picture, labels shown)`.
 
-    A legend under each row names the classes that it shows, in their colours.
+    Each picture is `inches` wide. A legend under each row names the classes that it shows, in their
+    colours.
     """
     plt = pyplot()
     from matplotlib.patches import Patch
 
     columns = max(len(row) for row in rows)
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.3 * columns, 2.25 * len(rows)), squeeze=False,
+        len(rows), columns, figsize=(inches * columns, 0.98 * inches * len(rows)), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis in axes.flat:
@@ -1548,9 +1596,7 @@ def main(args):
             f"{root} has no list whose images have masks: are ImageSets/Segmentation/*.txt and "
             f"{MASK_FOLDERS[0]}/*.png there?"
         )
-    problems = check_data(root, splits)
-    if problems:
-        raise DataError(f"{len(problems)} broken files:\n  " + "\n  ".join(problems))
+    refuse_broken(check_data(root, splits))
     print("every listed image and mask is readable and whole")
 
 

@@ -847,9 +847,82 @@ def test_disk_that_fails_at_the_sync(code, run_train, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail)
+        patched.setattr(train, "SAVE_AGAIN_AFTER", (0,))
         result = run_train("--epochs", 2)
     assert_refused(result, 1, "could not write", os.strerror(code))
+    assert ("trying again" in result[1]) is (code == errno.EIO)
     assert contents(save) == before
+
+
+def test_write_that_fails_once_is_made_again(run_train, tmp_path, monkeypatch):
+    """As a network drive may refuse one: a run of a night must not end for it."""
+    replace, failed = os.replace, []
+
+    def fail_once(source, target):
+        if Path(target).name == BEST and not failed:
+            failed.append(target)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    monkeypatch.setattr(train, "SAVE_AGAIN_AFTER", (0,))
+    status, out, _ = run_train()
+    assert status == 0 and "trying again in 0 s" in out and failed
+    assert kd_losses.read_checkpoint(tmp_path / "save" / LAST)["epoch"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--save_dir", "--cache_dir"])
+def test_drive_of_colab_that_is_not_mounted(flag, run_train, tmp_path, monkeypatch):
+    (tmp_path / "content").mkdir()
+    drive = tmp_path / "content" / "drive"
+    monkeypatch.setattr(voc_data, "COLAB_DRIVE", drive)
+    result = run_train(flag, drive / "MyDrive" / "voc")
+    assert_refused(result, 1, f"{flag} {drive / 'MyDrive' / 'voc'}", "not mounted", "drive.mount")
+    assert not drive.exists()
+
+
+@pytest.mark.parametrize("flag", ["--save_dir", "--cache_dir"])
+def test_folder_that_cannot_be_written_is_refused_before_the_work(
+    flag, run_train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path / "locked")
+    (tmp_path / "locked").mkdir()
+    folder = tmp_path / "locked" / "new"
+    assert_refused(run_train(flag, folder), 1, f"{flag} {folder} cannot be written")
+    assert_nothing_written(tmp_path)
+
+
+def test_state_of_another_run_that_comes_up_late_is_not_replaced(run_train, tmp_path, monkeypatch):
+    """A drive that was away when the run began."""
+    assert run_train()[0] == 0
+    last, away = tmp_path / "save" / LAST, tmp_path / "away"
+    content = last.read_bytes()
+    (tmp_path / "save").rename(away)
+    train_one_epoch = train.Training.train_one_epoch
+
+    def mount_meanwhile(*args):
+        away.rename(tmp_path / "save")
+        return train_one_epoch(*args)
+
+    monkeypatch.setattr(train.Training, "train_one_epoch", mount_meanwhile)
+    assert_refused(run_train(), 1, last, "was not there when this run began")
+    assert last.read_bytes() == content
+
+
+def test_all_broken_photographs_are_named_at_once(run_train, student_file, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 40)).save(photos / "whole.png")
+    (photos / "a.jpg").write_bytes(b"none")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(
+        photos / "b.png"
+    )
+    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:1500])
+    teacher = student_file()
+    flags = ("--kd_mode", "response", "--teacher", teacher, "--extra_images", photos)
+    result = run_train(*flags)
+    assert_refused(result, 1, "2 broken files", photos / "a.jpg", photos / "b.png", lines=3)
+    assert "whole.png" not in result[2] and not list((tmp_path / "cache").glob("pixels-*"))
 
 
 def test_disk_full_while_the_pixel_cache_is_filled(run_train, tmp_path):
@@ -870,15 +943,19 @@ def test_cache_that_is_not_whole(run_train, tmp_path):
     assert_nothing_written(tmp_path)
 
 
-def test_gpu_without_enough_memory(run_train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+              RuntimeError("MPS backend out of memory (allocated: 9 GiB)")]
+)  # fmt: skip
+def test_device_without_enough_memory(error, run_train, monkeypatch):
     """No traceback, no advice to run the same command again."""
 
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        raise error
 
     monkeypatch.setattr(train.Training, "step", fail)
     result = run_train()
-    assert_refused(result, 1, "out of memory on the GPU", "9 GiB", "--batch_size")
+    assert_refused(result, 1, "out of memory", "9 GiB", "--batch_size")
     assert "same command" not in result[1]
 
 

@@ -400,10 +400,9 @@ def picture(height=12, width=20):
 def test_picture_of_too_many_pixels_is_refused_by_its_name(tmp_path, monkeypatch):
     Image.new("L", (40, 40)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    path = tmp_path / "huge.png"
-    for read, what in ((voc_data.read_image, path), (voc_data.image_size, Item("a", path, None))):
-        with pytest.raises(DataError, match="huge.png cannot be read"):
-            read(what)
+    with pytest.raises(DataError, match="huge.png cannot be read"):
+        voc_data.read_image(tmp_path / "huge.png")
+    assert voc_data.image_size(Item("huge", tmp_path / "huge.png", None)) == (0, 0)
 
 
 def test_grey_picture_becomes_three_equal_channels(tmp_path):
@@ -667,3 +666,12 @@ def test_abandoned_copy_of_a_cache_is_removed_and_a_fresh_one_is_not(tmp_path):
         os.utime(path, (1, 1))
     voc_data.cached(tmp_path / "key", lambda unfinished: None)
     assert not old.exists() and fresh.exists()
+
+
+def test_abandoned_caches_do_not_count_against_the_room(tmp_path):
+    """Of other images or settings too; nothing else in the folder is touched."""
+    for name in ("teacher-abc.1.tmp", "pixels-abc.2.tmp", "mine.tmp", "teacher-abc"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    assert voc_data.has_room(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp", "teacher-abc"]

@@ -308,6 +308,41 @@ def test_resume_from_a_file_elsewhere_brings_state_and_best_weights_along(runs, 
             assert after["best"]["miou"] == found["miou"]
 
 
+@pytest.mark.parametrize("left", ["nothing", "another run's", "a part"])
+def test_continued_run_does_not_claim_a_best_model_that_is_not_there(
+    left, runs, tiny_voc, tmp_path, capsys
+):
+    """Whoever copied `last` alone, or lost the latest upload, gets the best of what there is."""
+    save = tmp_path / "s"
+    shutil.copytree(runs, save)
+    best = save / "best_model_ultracompact_none.pth"
+    content = torch.load(best, weights_only=True)
+    if left == "another run's":
+        torch.save(content | {"epoch": content["epoch"] + 7}, best)
+    elif left == "a part":
+        best.write_bytes(best.read_bytes()[:1000])
+    else:
+        best.unlink()
+    train.main(parsed(tiny_voc, save, "none", "fcn_resnet50", "--checkpoint_interval", 2))
+    assert f"{best} is not there or of another run" in capsys.readouterr().out
+    found, state = torch.load(best), torch.load(save / "last_ultracompact_none.pth")
+    assert equal(found["model_state_dict"], state["averaged"]) and found["epoch"] == EPOCHS
+    assert state["best"] == {"miou": found["miou"], "epoch": EPOCHS}
+
+
+def test_continued_run_needs_no_imagenet_weights(runs, tiny_voc, tmp_path, monkeypatch):
+    """It has weights of its own, on a machine without a network too."""
+    monkeypatch.setattr(train, "FREE_ON_RESUME", train.FREE_ON_RESUME | {"no_pretrained"})
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    shutil.copytree(runs, tmp_path / "s")
+    args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", "--checkpoint_interval", 2)
+    args.no_pretrained = False
+    with monkeypatch.context() as offline:
+        offline.setattr(torch.hub, "load_state_dict_from_url", None)
+        offline.setattr(torch.hub, "download_url_to_file", None)
+        train.main(args)
+
+
 def test_resume_from_a_run_elsewhere_that_has_done_nothing(tiny_voc, tmp_path):
     flags = ["--epochs", 1, "--resume", tmp_path / "last_ultracompact_none.pth"]
     args = parsed(tiny_voc, tmp_path / "s", "none", "fcn_resnet50", *flags)
@@ -908,7 +943,8 @@ def test_history_of_a_checkpoint_is_that_of_its_run(name, history, tmp_path):
     "flags, folder",
     [
         ("", "report"),
-        ("--checkpoint a/best_model_standard_none.pth b.pth", "report/best_model_standard_none"),
+        ("--checkpoint a/best_model_standard_none.pth", "report/best_model_standard_none"),
+        ("--checkpoint a/best_model_x.pth b.pth c.pth", "report/best_model_x_and_2_more"),
         ("--model standard", "report/standard"),
     ],
 )
@@ -1026,6 +1062,18 @@ def test_seeds_on_gpus_that_chose_another_precision_are_seeds_of_one_run():
     on_t4, on_a100 = ({"settings": {"lr": 1, "amp": "auto", "amp_dtype": dtype}}
                       for dtype in ("float16", "bfloat16"))  # fmt: skip
     assert test_script.choices(on_t4) == test_script.choices(on_a100) == {"lr": 1, "amp": "auto"}
+
+
+def test_row_of_a_run_that_is_not_finished_says_so_and_has_no_gain(runs, tiny_voc, tmp_path):
+    for path in (*runs.glob("best_model_*.pth"), *runs.glob("history_*")):
+        shutil.copy(path, tmp_path)
+    file = tmp_path / "history_ultracompact_response.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    rows = measure(tiny_voc, tmp_path / "out", "--save_dir", tmp_path)
+    gains = {row["kd_mode"]: row["gain"] for row in rows}
+    assert gains["response"] is None and gains["none"] == 0 and gains["feature"] is not None
+    note = f"Not finished: ultracompact response has had 2 of its {EPOCHS} epochs so far."
+    assert (tmp_path / "out" / "results.md").read_text().endswith(f"\n\n{note}\n")
 
 
 def test_gain_is_over_runs_that_are_no_shorter():
