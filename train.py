@@ -208,7 +208,8 @@ def get_args_parser():
 def main(args):
     check_args(args)
     setup_processes(args)
-    voc_data.check_writable(args.save_dir, "--save_dir")
+    if args.rank == 0:  # which alone writes results
+        voc_data.check_writable(args.save_dir, "--save_dir")
     voc_data.check_writable(args.cache_dir, "--cache_dir")
     run_name = f"{args.model}_{args.kd_mode}"
     files = RunFiles(Path(args.save_dir), run_name)
