@@ -266,7 +266,6 @@ class Teacher(nn.Module):
         taps: {level: module of `network`} whose outputs are the features; None where the network
             returns them itself.
         device: where the network is.
-        size: longest side, in pixels, of the whole images that it knows best; 0: any, their own.
         autocast: whether it may run in mixed precision.
 
     Attributes:
@@ -276,14 +275,12 @@ class Teacher(nn.Module):
         DataError: it returns no logits, or not for the 21 classes of VOC, or takes one size only.
     """
 
-    def __init__(
-        self, network, name, taps=None, device="cpu", size=TEACHER_SIZE, autocast=True
-    ):  # fmt: skip
+    def __init__(self, network, name, taps=None, device="cpu", autocast=True):
         super().__init__()
         # In a tuple, hidden from parameters(), state_dict() and train(): it must never train, and
         # the modules of torch.export do not even allow train() and eval() to be called.
         self._network = (network.requires_grad_(False),)
-        self.name, self.size, self.autocast = name, size, autocast
+        self.name, self.autocast = name, autocast
         self.parameter_count = sum(parameter.numel() for parameter in network.parameters())
         self._tapped, self._has_taps = {}, bool(taps)
         for level, module in (taps or {}).items():
@@ -374,9 +371,8 @@ def load_teacher(name="fcn_resnet50", weights_file=None, device="cpu"):
         label = Path(name).name
         if str(name).endswith(".pt2"):  # an exported program may insist on the dtypes it began with
             return Teacher(read_exported(name, device), label, device=device, autocast=False)
-        student, checkpoint = load_student(name)
-        network = StudentAsTeacher(student).to(device).eval()
-        return Teacher(network, label, device=device, size=checkpoint.get("eval_size", 0))
+        network = StudentAsTeacher(load_student(name)[0]).to(device).eval()
+        return Teacher(network, label, device=device)
     known = models.list_models(module=models.segmentation)
     if name not in known:
         raise UsageError(
@@ -387,6 +383,15 @@ def load_teacher(name="fcn_resnet50", weights_file=None, device="cpu"):
     network.aux_classifier = None  # only ever used in training
     label = name if weights_file is None else f"{name} ({Path(weights_file).name})"
     return Teacher(network, label, backbone_taps(network.backbone), device)
+
+
+def size_made_for(name):
+    """Longest side, in pixels, of the whole images that a teacher of `load_teacher` knows best.
+
+    For a student of this project the size of its validation, where 0 is the images' own.
+    """
+    is_student = str(name).endswith((".pth", ".pt"))
+    return load_student(name)[1].get("eval_size", 0) if is_student else TEACHER_SIZE
 
 
 def torchvision_teacher(name, weights_file):

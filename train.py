@@ -223,9 +223,9 @@ def main(args):
     root, train_items, val_items = find_data(args)
     args.data_key = data_key(train_items, val_items)
     args.teacher_digest = teacher_digest(args)
-    teacher = build_teacher(args)
     if resumed and resumed["epoch"]:
         check_same_settings(args, resumed)
+    teacher = build_teacher(args)
     if not resumed:
         begin_afresh(args, files)
     train_data, val_data = build_loaders(args, train_items, val_items, teacher)
@@ -282,7 +282,7 @@ def run_epochs(args, trainer, train_data, val_data, files):
 
 
 def check_args(args):
-    """Refuse values that cannot work, before anything is read or written."""
+    """Refuse values that cannot work, before anything is written; choose those left open."""
     rules = [
         ("epochs", args.epochs >= 1, "at least 1"),
         ("epoch_images", args.epoch_images >= 0, "0 or more"),
@@ -329,6 +329,10 @@ def check_args(args):
     if args.extra_images and args.kd_mode == "none":
         raise UsageError("--extra_images has no masks to learn from without a teacher (--kd_mode)")
     args.scale = list(args.scale)
+    if args.teacher_size is None:
+        args.teacher_size = kd_losses.TEACHER_SIZE
+        if args.kd_mode != "none":
+            args.teacher_size = kd_losses.size_made_for(args.teacher)
 
 
 def find_resume(args, files):
@@ -559,17 +563,15 @@ def teacher_digest(args):
 
 
 def build_teacher(args):
-    """The frozen teacher of a run, None in mode none; chooses --teacher_size if it is not given."""
-    teacher = None
-    if args.kd_mode != "none":
-        teacher = local_first(
-            args,
-            lambda: kd_losses.load_teacher(args.teacher, args.teacher_weights, args.torch_device),
-        )
+    """The frozen teacher of a run; None in mode none."""
+    if args.kd_mode == "none":
+        return None
+    teacher = local_first(
+        args,
+        lambda: kd_losses.load_teacher(args.teacher, args.teacher_weights, args.torch_device),
+    )
     if args.kd_mode == "feature":
         teacher.require(args.kd_levels)
-    if args.teacher_size is None:
-        args.teacher_size = teacher.size if teacher else kd_losses.TEACHER_SIZE
     return teacher
 
 
@@ -1041,7 +1043,7 @@ def save_patiently(args, trainer, files):
             return save_epoch(args, trainer, files)
         except OSError as error:
             reason = getattr(error.__cause__, "errno", None)
-            if wait is None or reason in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if wait is None or reason in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
                 raise
             print(f"{error}; trying again in {wait} s", flush=True)
             time.sleep(wait)
