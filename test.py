@@ -25,10 +25,8 @@ import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tabulate import tabulate
 
 import voc_data
@@ -345,13 +343,10 @@ def write_tables(rows, output, what):
         f"half the interquartile range) for one {size} x {size} image on {rows[0]['device']}; "
         "score = 4 mIoU / (1 + millions of parameters)."
     )
-    doubtful = [row for row in rows if row.get("doubt")]
-    doubts = [f"No test: {row['model']} {row['kd_mode']} {row['doubt']}." for row in doubtful]
-    doubts += [
-        f"Not finished: {row['model']} {row['kd_mode']} {row['unfinished']}."
-        for row in rows if row.get("unfinished")
-    ]  # fmt: skip
-    note = "\n\n".join([note, *dict.fromkeys(doubts)])
+    notes = [note]
+    for key, heading in (("doubt", "No test"), ("unfinished", "Not finished")):
+        notes += [f"{heading}: {r['model']} {r['kd_mode']} {r[key]}." for r in rows if r.get(key)]
+    note = "\n\n".join(dict.fromkeys(notes))
     write_text(f"{tabulate(cells, tablefmt='github', **layout)}\n\n{note}\n", output / "results.md")
     latex = tabulate(cells, tablefmt="latex_booktabs", **layout).replace("±", r"$\pm$")
     write_text(latex + "\n", output / "results.tex")
@@ -560,9 +555,8 @@ def overlay_photographs(args, students, device, output):
         raise DataError(f"--image {' '.join(args.image)}: there is no picture")
     written = set()
     for path in paths:
-        photograph = Image.fromarray(voc_data.read_image(path))
-        photograph.thumbnail((1024, 1024))  # more would take memory, and not be seen
-        image = np.array(photograph)
+        # More pixels than these would take memory, and not be seen.
+        image = voc_data.scale_down(voc_data.read_image(path), 1024)
         panels = [(path.name, image, [])]
         for student in students:
             size = args.photo_size or student.eval_size or 512

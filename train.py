@@ -394,7 +394,8 @@ def bring_along(args, trainer, files, resumed):
     if here and (has_best or not its_epoch):
         return
     if not has_best:
-        say(args, f"{best} is not there or of another run: the best epoch is looked for anew")
+        if its_epoch:
+            say(args, f"{best} is not there or of another run: the best epoch is looked for anew")
         trainer.forget_best()
     if args.rank == 0:
         if has_best:

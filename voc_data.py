@@ -480,6 +480,13 @@ def read_image(path):
         raise DataError(f"{path} cannot be read as an image ({error})") from error
 
 
+def scale_down(image, longest):
+    """An `(H, W, 3)` uint8 picture whose longest side is at most `longest` px; never larger."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((longest, longest))
+    return np.array(picture)
+
+
 def read_mask(path):
     """Read a mask as labels, `(H, W)` uint8 of 0..20 and 255.
 
@@ -517,9 +524,7 @@ def read_item(item):
     """
     image = read_image(item.image)
     if item.mask is None:
-        photograph = Image.fromarray(image)
-        photograph.thumbnail((VOC_SIZE, VOC_SIZE))
-        image = np.array(photograph)
+        image = scale_down(image, VOC_SIZE)
         return image, np.full(image.shape[:2], UNLABELLED, dtype=np.uint8)
     mask = read_mask(item.mask)
     if mask.shape != image.shape[:2]:
@@ -707,7 +712,7 @@ def remove_abandoned(folder, pattern, seconds=600):
 
 
 def has_room(cache_dir, needed):
-    """True if the disk of `cache_dir` has `needed` bytes to spare."""
+    """True if the disk has `needed` bytes to spare, without the leavings of killed runs in it."""
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     for pattern in ("pixels-*.tmp", "teacher-*.tmp"):
         remove_abandoned(Path(cache_dir), pattern)
