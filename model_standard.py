@@ -1,24 +1,20 @@
-"""StandardSegmentationModel: the whole of MobileNetV3-Small under a DeepLabV3+ head.
+"""StandardSegmentationModel: MobileNetV3-Small with a DeepLabV3+ head, 1.04 million parameters.
 
     image (N, 3, H, W)
-      |
-      |  MobileNetV3-Small, dilated so that it stays at stride 16    [Howard et al. 2019]
+      |  MobileNetV3-Small, dilated to stay at stride 16         [Howard et al. 2019]
       +--> low   (N, 16, H/4,  W/4)    edges and textures
-      +--> mid   (N, 24, H/8,  W/8)    parts
+      +--> mid   (N, 24, H/8,  W/8)    parts of objects
       +--> (N, 96, H/16, W/16)
-              |
-              |  ASPP: separable atrous convolutions + image pooling [Chen et al. 2017, 2018]
-              +--> high (N, 128, H/16, W/16)
-                     |  x2, concat 1x1(mid), separable 3x3           [Chen et al. 2018]
+              |  ASPP: separable branches, concatenated          [Chen et al. 2017, 2018]
+              +--> high (N, 128, H/16, W/16)  objects and their context
+                     |  x2, concat 1x1(mid), separable 3x3       [Chen et al. 2018]
                      |  x2, concat 1x1(low), separable 3x3
-                     |  dropout, 1x1 classifier
-                   logits (N, 21, H/4, W/4)  -- bilinear -->  (N, 21, H, W)
+                     |  dropout, 1x1 classifier -> (N, 21, H/4, W/4)
+                   logits (N, 21, H, W), bilinear
 
-What it spends over the ultra-compact model: the last three blocks of the backbone, which hold most
-of its weights, one pointwise convolution for each scale of the ASPP and a learned projection over
-all of them, and a decoder that concatenates its skips. In the classifier the first of those blocks
-has a stride of 2; here it has none, and the kernels of all three are dilated by 2 instead, so that
-the map stays at stride 16 with the same weights (torchvision's `dilated=True`).
+Beyond the ultra-compact model: the last three blocks of the backbone, which hold most of its
+weights, one pointwise convolution per ASPP branch, and skips that are concatenated. These blocks
+end at stride 32 in the classifier; dilated by 2, the same weights work at stride 16.
 
 References:
     Howard et al. 2019, Searching for MobileNetV3, https://arxiv.org/abs/1905.02244
@@ -35,70 +31,59 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
 from torchvision.ops import Conv2dNormActivation
 
-# Blocks of torchvision's `mobilenet_v3_small().features` that end at strides 4, 8 and 16; the last
-# one (a 1x1 to 576 channels that feeds the classifier) is left out.
-LOW_BLOCKS, MID_BLOCKS, HIGH_BLOCKS = slice(0, 2), slice(2, 4), slice(4, 12)
-LOW_CHANNELS, MID_CHANNELS, HIGH_CHANNELS = 16, 24, 96
-ASPP_CHANNELS, DECODER_CHANNELS = 128, 64
-ASPP_RATES = (3, 6, 9)  # in cells of the stride-16 map: a 3x3 that spans 112, 208 and 304 px
+
+class Backbone(nn.Module):
+    """MobileNetV3-Small up to stride 16: (N, 3, H, W) -> features at strides 4, 8 and 16."""
+
+    def __init__(self, pretrained):
+        super().__init__()
+        weights = MobileNet_V3_Small_Weights.IMAGENET1K_V1
+        try:
+            network = mobilenet_v3_small(weights=weights if pretrained else None, dilated=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise OSError(
+                f"no ImageNet weights in {torch.hub.get_dir()}/checkpoints ({error}): delete a "
+                f"damaged file there, download {weights.url} into that folder, or start from "
+                "random weights with --no_pretrained (pretrained=False)"
+            ) from error
+        blocks = network.features  # without the last, a 1x1 that feeds the classifier
+        self.to_low, self.to_mid, self.to_high = blocks[:2], blocks[2:4], blocks[4:12]
+
+    def forward(self, image):
+        low = self.to_low(image)  # (N, 16, H/4, W/4)
+        mid = self.to_mid(low)  # (N, 24, H/8, W/8)
+        return low, mid, self.to_high(mid)  # (N, 96, H/16, W/16)
 
 
 def separable_conv(in_channels, out_channels, dilation=1):
-    """A depthwise 3x3 (`dilation` cells between its taps), then a 1x1, each with norm and ReLU."""
+    """A depthwise 3x3 and a 1x1, each with BatchNorm and ReLU."""
     return nn.Sequential(
         Conv2dNormActivation(in_channels, in_channels, 3, dilation=dilation, groups=in_channels),
         Conv2dNormActivation(in_channels, out_channels, 1),
     )
 
 
-class Backbone(nn.Module):
-    """MobileNetV3-Small at output stride 16, with taps where the resolution halves.
-
-    `(N, 3, H, W) -> (N, 16, H/4, W/4), (N, 24, H/8, W/8), (N, 96, H/16, W/16)`.
-    """
-
-    def __init__(self, pretrained):
-        super().__init__()
-        blocks = load_mobilenet_v3_small(pretrained, dilated=True).features
-        self.to_low, self.to_mid = blocks[LOW_BLOCKS], blocks[MID_BLOCKS]
-        self.to_high = blocks[HIGH_BLOCKS]
-
-    def forward(self, image):
-        low = self.to_low(image)
-        mid = self.to_mid(low)
-        return low, mid, self.to_high(mid)
-
-
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling as in DeepLabV3+: five views of the map, projected to one.
+    """Atrous spatial pyramid pooling: a 1x1, three separable 3x3 and image pooling, projected."""
 
-    A 1x1, three separable 3x3 at growing rates, and the mean of the image, concatenated.
-    `(N, in, h, w) -> (N, out, h, w)`, any h and w from 1 up.
-    """
-
-    def __init__(self, in_channels, out_channels, rates):
+    def __init__(self, in_channels, out_channels, rates=(3, 6, 9)):
         super().__init__()
         self.local = Conv2dNormActivation(in_channels, out_channels, 1)
         self.atrous = nn.ModuleList(
             separable_conv(in_channels, out_channels, dilation=rate) for rate in rates
         )
-        # No BatchNorm on the pooled branch: it holds one value a channel and image, and a batch of
-        # one would have no variance.
+        # No BatchNorm on the pooled branch: in a batch of one image its variance would be 0.
         self.pool = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU(inplace=True))
         self.project = Conv2dNormActivation(out_channels * (2 + len(rates)), out_channels, 1)
 
     def forward(self, x):
-        context = self.pool(x.mean(dim=(2, 3), keepdim=True))  # (N, out, 1, 1)
-        views = [self.local(x)] + [branch(x) for branch in self.atrous]
-        views.append(context.expand(-1, -1, *x.shape[-2:]))
-        return self.project(torch.cat(views, dim=1))
+        context = self.pool(x.mean(dim=(2, 3), keepdim=True))  # (N, out_channels, 1, 1)
+        scales = [self.local(x)] + [branch(x) for branch in self.atrous]
+        return self.project(torch.cat([*scales, context.expand_as(scales[0])], dim=1))
 
 
-class SkipConcat(nn.Module):
-    """Upsample to the size of a skip, concatenate the skip through a 1x1, separable 3x3.
-
-    `(N, in, h, w), (N, skip, H, W) -> (N, out, H, W)`.
-    """
+class SkipFusion(nn.Module):
+    """Upsample x to the size of a skip, concatenate the skip after a 1x1, then a separable 3x3."""
 
     def __init__(self, in_channels, skip_channels, out_channels):
         super().__init__()
@@ -111,97 +96,45 @@ class SkipConcat(nn.Module):
 
 
 class StandardSegmentationModel(nn.Module):
-    """MobileNetV3-Small at stride 16, separable ASPP and two concatenated skips.
+    """MobileNetV3-Small at stride 16, a separable ASPP and a decoder with two concatenated skips.
 
-    Args:
-        num_classes: channels of the logits.
-        pretrained: start the backbone from torchvision's ImageNet weights (downloaded on first use
-            into `$TORCH_HOME`); False starts it at random.
-
-    Raises:
-        OSError: the ImageNet weights are wanted, but the file is missing, damaged or unreachable.
+    `pretrained` starts the backbone from torchvision's ImageNet weights, downloaded on first use;
+    an OSError says what to do where they cannot be loaded.
     """
+
+    feature_channels = {"low": 16, "mid": 24, "high": 128}
 
     def __init__(self, num_classes=21, pretrained=True):
         super().__init__()
         self.backbone = Backbone(pretrained)
-        self.aspp = ASPP(HIGH_CHANNELS, ASPP_CHANNELS, ASPP_RATES)
-        self.fuse_mid = SkipConcat(ASPP_CHANNELS, MID_CHANNELS, DECODER_CHANNELS)
-        self.fuse_low = SkipConcat(DECODER_CHANNELS, LOW_CHANNELS, DECODER_CHANNELS)
-        # Whole channels are dropped: neighbouring pixels are so alike that dropping single ones
-        # takes little away (Tompson et al. 2015, https://arxiv.org/abs/1411.4280).
-        self.classifier = nn.Sequential(
-            nn.Dropout2d(0.1), nn.Conv2d(DECODER_CHANNELS, num_classes, 1)
-        )
+        self.aspp = ASPP(in_channels=96, out_channels=128)
+        self.fuse_mid = SkipFusion(in_channels=128, skip_channels=24, out_channels=64)
+        self.fuse_low = SkipFusion(in_channels=64, skip_channels=16, out_channels=64)
+        # Whole channels, because neighbouring pixels are alike (https://arxiv.org/abs/1411.4280).
+        self.classifier = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(64, num_classes, 1))
 
-    def forward(self, image, return_features=False, output_size=None):
-        """Segment a batch.
+    def forward(self, image, return_features=False, upsample=True):
+        """image: float (N, 3, H, W), ImageNet-normalised, H and W from 33 up, odd sizes too.
 
-        Args:
-            image: float (N, 3, H, W), normalised with ImageNet's mean and standard deviation;
-                H and W from 33 up, odd sizes too.
-            return_features: also return the features that distillation compares.
-            output_size: (height, width) of the logits, in place of the image's.
-
-        Returns:
-            logits (N, num_classes, H, W), or of `output_size`; with `return_features`, `(logits,
-            features)`, features being a dict of "low" (N, 16, H/4, W/4), "mid" (N, 24, H/8, W/8)
-            and "high", the output of the ASPP (N, 128, H/16, W/16), sizes rounded up.
+        Returns logits (N, num_classes, H, W), at stride 4 with `upsample=False`; with
+        `return_features=True` (logits, {"low", "mid", "high"}), features at strides 4, 8 and 16.
         """
-        low, mid, top = self.backbone(image)  # (N, 16, H/4, W/4), (N, 24, H/8, W/8), H/16
+        low, mid, top = self.backbone(image)
         high = self.aspp(top)  # (N, 128, H/16, W/16)
         x = self.fuse_mid(high, mid)  # (N, 64, H/8, W/8)
         x = self.fuse_low(x, low)  # (N, 64, H/4, W/4)
-        size = output_size or image.shape[-2:]
-        logits = F.interpolate(self.classifier(x), size=size, mode="bilinear")
-        if return_features:
-            return logits, {"low": low, "mid": mid, "high": high}
-        return logits
-
-
-def load_mobilenet_v3_small(pretrained, **kwargs):
-    """torchvision's MobileNetV3-Small, with its ImageNet weights or at random.
-
-    Raises:
-        OSError: the weights could not be read or downloaded; the message says what to do.
-    """
-    if not pretrained:
-        return mobilenet_v3_small(weights=None, **kwargs)
-    weights = MobileNet_V3_Small_Weights.IMAGENET1K_V1
-    try:
-        return mobilenet_v3_small(weights=weights, **kwargs)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise OSError(
-            f"the ImageNet weights of MobileNetV3-Small could not be loaded from {folder} "
-            f"({error}). Delete the file there if it is damaged, download {weights.url} into that "
-            "folder, or start from random weights with --no_pretrained (pretrained=False)."
-        ) from error
-
-
-def describe(model, size=256):
-    """Print output and feature shapes, and parameters and MACs of each part, for one image."""
-    model.eval()
-    image = torch.zeros(1, 3, size, size)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        logits, features = model(image, return_features=True)
-    name = type(model).__name__
-    print(f"{name}: image {tuple(image.shape)} -> logits {tuple(logits.shape)}")
-    for key, feature in features.items():
-        print(f"  feature {key:<5} {tuple(feature.shape)}")
-    flops = counter.get_flop_counts()
-    print(f"\n{'part':<12} {'parameters':>12} {'million MACs':>14}")
-    for part, module in model.named_children():
-        print_cost(part, module, flops[f"{name}.{part}"])
-    print_cost("total", model, flops["Global"])
-
-
-def print_cost(label, module, flops):
-    """One line of the table of `describe`; a multiply-accumulate (MAC) is two FLOPs."""
-    parameters = sum(p.numel() for p in module.parameters())
-    print(f"{label:<12} {parameters:>12,} {sum(flops.values()) / 2e6:>14.1f}")
+        logits = self.classifier(x)  # (N, num_classes, H/4, W/4)
+        if upsample:
+            logits = F.interpolate(logits, size=image.shape[-2:], mode="bilinear")
+        return (logits, {"low": low, "mid": mid, "high": high}) if return_features else logits
 
 
 if __name__ == "__main__":
-    describe(StandardSegmentationModel(pretrained=False))
+    model = StandardSegmentationModel(pretrained=False).eval()
+    image = torch.zeros(1, 3, 256, 256)
+    with torch.no_grad(), FlopCounterMode(depth=2):  # prints its table; 1 MAC is 2 FLOPs
+        logits, features = model(image, return_features=True)
+    for name, value in {"image": image, **features, "logits": logits}.items():
+        print(f"{name:<12} {tuple(value.shape)}")
+    for name, part in [*model.named_children(), ("total", model)]:
+        print(f"{name:<12} {sum(p.numel() for p in part.parameters()):>10,} parameters")

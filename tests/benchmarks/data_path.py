@@ -1,13 +1,10 @@
-"""From disk to a ready training batch: images a second, against torchvision's reference pipeline.
+"""Images per second from disk to a batch of uint8 crops, against torchvision's reference pipeline.
 
-    python tests/benchmarks/data_path.py --data_root DIR --split train --workers 2
+    python tests/benchmarks/data_path.py --data_root DIR
 
-Every pipeline reads the same files and ends in normalised float batches of the same size; the last
-one ends in bytes, which a GPU would jitter and normalise (`voc_data.normalise`) while the CPU goes
-on. The first pass over the data (which fills caches) is not timed; the passes are taken in turn, A
-B C A B C, and the table gives the median of each and the ratio to the reference. `--copies N` reads
-the list N times over, each copy with pixels of its own in the cache, to stand for a larger data
-set.
+All pipelines read the same files and end in the same stage, image and mask crops in bytes, before
+jitter and normalisation. They run in turn, A B C A B C; the first pass, which fills the cache, is
+not timed. The table gives the median and the range.
 """
 
 import argparse
@@ -29,34 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import voc_data  # noqa: E402
 
 
-def publish(what, rows, headers, output=None, device="cpu"):
-    """Print a table with what was measured on which machine; write it to `output` as Markdown."""
-    machine = f"{voc_data.device_name(device)}, {os.cpu_count()} cores"
-    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    text = f"{table}\n\n{what}; {machine}, torch {torch.__version__}.\n"
-    print(text, end="")
-    if output:
-        voc_data.write_whole(text.encode(), output)
+class Reference(Dataset):
+    """As in torchvision's references/segmentation with tv_tensors: decode, resize, flip, crop."""
 
-
-class ReferencePipeline(Dataset):
-    """As in torchvision's references/segmentation (presets.py, backend "tensor", v2), with colour
-    jitter added: decode, resize the whole image, jitter, flip, crop, normalise, one at a time."""
-
-    def __init__(self, items, crop_size):
-        self.items, self.crop = items, crop_size
-        self.after = v2.Compose(
-            [
-                v2.ColorJitter(0.3, 0.3, 0.3),
-                v2.RandomHorizontalFlip(0.5),
-                v2.RandomCrop(
-                    crop_size, pad_if_needed=True,
-                    fill={tv_tensors.Image: 0, tv_tensors.Mask: voc_data.VOID},
-                ),
-                v2.ToDtype({tv_tensors.Image: torch.float, "others": None}, scale=True),
-                v2.Normalize(voc_data.IMAGENET_MEAN, voc_data.IMAGENET_STD),
-            ]
-        )  # fmt: skip
+    def __init__(self, items, crop_size, longest, scale):
+        self.items, self.longest, self.scale = items, longest, scale
+        fill = {tv_tensors.Image: 0, tv_tensors.Mask: voc_data.VOID}
+        crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)
+        self.transform = v2.Compose([v2.RandomHorizontalFlip(0.5), crop])
 
     def __len__(self):
         return len(self.items)
@@ -65,87 +42,71 @@ class ReferencePipeline(Dataset):
         item = self.items[index]
         image = tv_tensors.Image(v2.functional.pil_to_tensor(Image.open(item.image).convert("RGB")))
         mask = tv_tensors.Mask(v2.functional.pil_to_tensor(Image.open(item.mask)))
-        factor = float(torch.empty(1).uniform_(0.5, 2.0))
+        factor = float(torch.empty(1).uniform_(*self.scale)) * self.longest / max(image.shape[-2:])
         size = [round(side * factor) for side in image.shape[-2:]]
-        return self.after(v2.functional.resize(image, size), v2.functional.resize(mask, size))
+        return self.transform(v2.functional.resize(image, size), v2.functional.resize(mask, size))
 
 
-def our_batches(items, args, pixels, on_gpu=False):
-    """The project's loader, and what runs on the device: nothing here, if that is a GPU."""
-    data = voc_data.VOCDataset(items, voc_data.train_transform(args.crop_size), pixels)
-    loader = voc_data.train_loader(data, args.batch_size, args.workers)
-
-    def one_pass(epoch):
-        loader.sampler.set_epoch(epoch)
-        for batch in loader:
-            if not on_gpu:
-                voc_data.normalise(batch["image"], batch["colour"], torch.channels_last)
-        return len(loader) * args.batch_size
-
-    return one_pass
+def save_table(rows, headers, note, output):
+    """Print a table and write it as Markdown."""
+    note = f"{note}; {os.cpu_count()} cores, torch {torch.__version__}."
+    text = f"{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n\n{note}\n"
+    voc_data.atomic_save(output, text)
+    print(text)
 
 
-def reference_batches(items, args):
-    """torchvision's pipeline behind an ordinary DataLoader."""
-    loader = DataLoader(
-        ReferencePipeline(items, args.crop_size), args.batch_size, shuffle=True, drop_last=True,
-        num_workers=args.workers, persistent_workers=args.workers > 0,
-    )  # fmt: skip
-
-    def one_pass(epoch):
-        for _ in loader:
-            pass
-        return len(loader) * args.batch_size
-
-    return one_pass
-
-
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_root", help="as in train.py; 'sample' needs no download")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--crop_size", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--limit", type=int, help="use so many images only")
-    parser.add_argument("--copies", type=int, default=1, help="read the list so many times over")
-    parser.add_argument("--output", help="write the table to this file")
-    return parser
+def run_in_turn(passes, rounds):
+    """{name: [seconds]} of `rounds` timed calls of each function, after one that is not timed."""
+    seconds = {name: [] for name in passes}
+    for number in range(rounds + 1):
+        for name, one_pass in passes.items():
+            start = time.perf_counter()
+            one_pass(number)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def main(args):
     torch.set_num_threads(1)
-    root = voc_data.find_voc(args.data_root, download=True)
-    items = voc_data.list_items(root, args.split)[: args.limit] * args.copies
+    items = voc_data.list_items(voc_data.find_voc(args.data_root), "train") * args.copies
+    crop = {"size": 256, "longest": 320, "scale": (0.7, 2.0), "seen": 0}
+
+    def ours(cache_dir):
+        images = voc_data.VOCDataset(items, cache_dir, args.workers)
+        sampler = voc_data.TrainSampler(len(items), 0, 16, seed=0)
+        data = voc_data.TrainDataset(images, crop)
+        return voc_data.make_loader(data, args.workers, 1, batch_sampler=sampler)
+
     with tempfile.TemporaryDirectory() as cache_dir:
-        pixels = voc_data.pixel_cache(items, cache_dir, args.workers)
-        os.sync()  # the disk is done with it before the clock starts
-        pipelines = {
-            "torchvision reference": reference_batches(items, args),
-            "ours, decoding": our_batches(items, args, None),
-            "ours, pixel cache": our_batches(items, args, pixels),
-            "ours, pixel cache, for a GPU": our_batches(items, args, pixels, on_gpu=True),
-        }
-        speeds = {name: [] for name in pipelines}
-        for epoch in range(args.passes + 1):
-            for name, one_pass in pipelines.items():
-                start = time.perf_counter()
-                images = one_pass(epoch)
-                if epoch:
-                    speeds[name].append(images / (time.perf_counter() - start))
+        loaders = {
+            "torchvision reference": DataLoader(
+                Reference(items, 256, 320, (0.7, 2.0)), 16, shuffle=True, drop_last=True,
+                num_workers=args.workers, persistent_workers=True,
+            ),
+            "ours, decoding every time": ours(None),
+            "ours, decoded once": ours(Path(cache_dir)),
+        }  # fmt: skip
+        os.sync()
+        passes = {name: lambda _, l=loader: list(l) and None for name, loader in loaders.items()}
+        seconds = run_in_turn(passes, args.rounds)
+    images = len(items) // 16 * 16
+    speeds = {name: [images / s for s in values] for name, values in seconds.items()}
     base = statistics.median(speeds["torchvision reference"])
     rows = [
-        (name, f"{statistics.median(v):.0f}", f"{min(v):.0f}-{max(v):.0f}",
-         f"{statistics.median(v) / base:.1f}")
-        for name, v in speeds.items()
+        [name, f"{statistics.median(v):.0f}", f"{min(v):.0f}-{max(v):.0f}",
+         f"{statistics.median(v) / base:.1f}"] for name, v in speeds.items()
     ]  # fmt: skip
-    what = (
-        f"From disk to ready batches of {args.batch_size} crops of {args.crop_size} px: "
-        f"{len(items):,} images, {args.workers} workers, median of {args.passes} passes in turn"
-    )
-    publish(what, rows, ("pipeline", "img/s", "range", "times the reference"), args.output)
+    note = (f"{len(items)} images, batches of 16 crops of 256 px in bytes, {args.workers} workers, "
+            f"median and range of {args.rounds} passes in turn")  # fmt: skip
+    save_table(rows, ["pipeline", "img/s", "range", "times the reference"], note, args.output)
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_root", type=voc_data.path)
+    parser.add_argument("--copies", type=int, default=1, help="read the list so many times over")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default="report/speed/data_path.md")
+    voc_data.run(main, parser.parse_args())

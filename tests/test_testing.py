@@ -1,0 +1,237 @@
+"""test.py and test_pretrained_fcn.py: rows, tables, what the figures show; files that do not fit."""
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import kd_losses
+import test_pretrained_fcn as fcn_script
+import voc_data
+from conftest import load_test_script
+from test_teacher import CPU, save_student
+from voc_data import CLASSES, DataError, UsageError
+
+script = load_test_script()
+script.__test__ = fcn_script.__test__ = False  # no tests in there
+SPEED = {"macs": 123_456_789, "latency_ms": 4.5, "images_per_second": 300.0, "device": "cpu, 1"}
+NAMES = ("ultracompact none seed 0", "ultracompact none seed 1", "ultracompact response seed 0",
+         "ultracompact response seed 1", "ultracompact feature")  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_timing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voc_data, "measure_speed", lambda *_: SPEED)
+        yield
+
+
+def run(module, *flags):
+    flags = ("--device", "cpu", "--workers", 0, *flags)
+    module.main(module.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Untrained students in a folder of another alphabet: two seeds of two modes, one of feature."""
+    root, files = tmp_path_factory.mktemp("Zoë"), []
+    for number, name in enumerate(NAMES):
+        _, mode, _, seed = (name + " seed 0").split()[:4]
+        folder = root / f"seed{seed}"
+        folder.mkdir(exist_ok=True)
+        settings = {"seed": int(seed), "epochs": 9 if mode == "feature" else 2,
+                    "train_split": "train"}  # fmt: skip
+        files.append(folder / f"best_model_ultracompact_{mode}.pth")
+        save_student(files[-1], number, kd_mode=mode, settings=settings)
+        lines = [{"epoch": 1, "ce": number}, {"epoch": 2, "ce": 0, "val_miou": number / 10}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"history_ultracompact_{mode}.jsonl").write_text(text)
+    return files
+
+
+@pytest.fixture(scope="module")
+def tested(files, tiny_voc, tmp_path_factory):
+    """The results of all files, beside the row of a "teacher": the folder and the rows."""
+    output = tmp_path_factory.mktemp("out")
+    flags = ["--data_root", tiny_voc, "--output_dir", output]
+    run(fcn_script, *flags, "--teacher", files[2], "--eval_size", 65)
+    written, flags = io.BytesIO(), [*flags, "--visualize", "--num_vis", 2]
+    with pytest.MonkeyPatch.context() as patch:  # a terminal that lacks most characters
+        patch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+        patch.setattr(voc_data.signal, "signal", lambda *_: None)
+        voc_data.run(lambda args: run(script, *args), [*flags, "--checkpoint", *reversed(files)])
+        assert b"mIoU %" in written.getvalue()
+    return output, json.loads((output / "results.json").read_text("utf-8"))
+
+
+def test_rows_are_in_order_and_say_what_evaluate_says(tested, files, tiny_voc):
+    rows = tested[1]
+    assert tuple(row["label"] for row in rows[:-1]) == NAMES
+    images = voc_data.VOCDataset(voc_data.list_items(tiny_voc, "val"))
+    for file, row in zip(files, rows):
+        student, _ = kd_losses.load_student(file)
+        matrix, loss = voc_data.evaluate(student, images, 65, CPU)
+        assert row["miou"] == pytest.approx(matrix.miou, abs=1e-6)
+        assert row["loss"] == pytest.approx(loss, rel=1e-4)
+        assert row["parameters"] == sum(p.numel() for p in student.parameters())
+        assert row["score"] == pytest.approx(4 * row["miou"] / (1 + row["parameters"] / 1e6))
+        shown = [iou for iou in row["iou"].values() if iou is not None]
+        assert statistics.mean(shown) == pytest.approx(row["miou"])
+        assert row["images"] == 8 and row["macs"] == SPEED["macs"]
+
+
+def test_teacher_row_is_measured_in_the_same_way(tested):
+    *rows, teacher = tested[1]
+    assert teacher["kd_mode"] == "teacher" and teacher["label"] == rows[2]["checkpoint"][-36:]
+    assert teacher["miou"] == pytest.approx(rows[2]["miou"], abs=1e-6)
+    assert teacher["parameters"] == rows[2]["parameters"]
+
+
+def test_tables_agree_in_all_formats(tested):
+    output, rows = tested
+    text = {name: (output / name).read_text("utf-8") for name in os.listdir(output)
+            if name.endswith((".md", ".tex", ".csv", ".json"))}  # fmt: skip
+    json.loads(text["results.json"], parse_constant=pytest.fail)  # NaN is no JSON
+    lines, latex = text["results.md"].splitlines(), text["results.tex"].splitlines()
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    for line, cells, row in zip(lines[2:], csv.DictReader(io.StringIO(text["results.csv"])), rows):
+        shown = dict(zip(names, (cell.strip() for cell in line.strip("|").split("|"))))
+        expected = {"mIoU %": f"{100 * row['miou']:.2f}", "score": f"{row['score']:.3f}",
+                    "parameters": f"{row['parameters']:,}", "MMACs": "123"}  # fmt: skip
+        assert shown["network"] == row["label"] and shown.items() >= expected.items()
+        assert any(all(value in entry for value in expected.values()) for entry in latex)
+        assert float(cells["miou"]) == row["miou"]
+        values = [cells[f"iou_{name}"] for name in CLASSES]
+        assert [float(v) if v else None for v in values] == list(row["iou"].values())
+    head, _, *per_class = text["per_class.md"].splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [row["label"] for row in rows]
+    for name, line in zip(CLASSES, per_class, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        ious = [row["iou"][name] for row in rows]
+        assert cells == [name, *("-" if v is None else f"{100 * v:.1f}" for v in ious)]
+
+
+def test_gain_table_pairs_the_seeds(tested):
+    output, rows = tested
+    miou = [100 * row["miou"] for row in rows]
+    gain = [miou[2] - miou[0], miou[3] - miou[1]]
+    expected = ["2", f"{(miou[2] + miou[3]) / 2:.2f}", f"{sum(gain) / 2:+.2f}",
+                f"{abs(gain[0] - gain[1]) / 2:.2f}"]  # fmt: skip
+    lines = (output / "results.md").read_text("utf-8").splitlines()
+    cells = {row[1].strip(): [cell.strip() for cell in row[2:-1]]
+             for row in (line.split("|") for line in lines[-3:])}  # fmt: skip
+    assert cells["ultracompact response"] == expected
+    assert cells["ultracompact feature"] == ["1", f"{miou[4]:.2f}", "-", "-"]  # other --epochs
+
+
+def test_gains_are_paired_by_seed_length_and_list():
+    rows = [{"model": "standard", "kd_mode": mode, "seed": seed, "epochs": 5, "train_split": split,
+             "miou": miou} for mode, seed, split, miou in (
+                 ("none", 0, "a", 0.30), ("none", 1, "a", 0.20), ("response", 1, "a", 0.24),
+                 ("response", 0, "a", 0.36), ("response", 7, "a", 0.9), ("feature", 0, "a", 0.31),
+                 ("feature", 1, "b", 0.5))]  # fmt: skip
+    rows.append(rows[2] | {"model": "ultracompact"})
+    table = script.gains(rows)
+    assert table["standard response"] == pytest.approx((3, 50, 5, 1))
+    assert table["standard feature"] == (2, pytest.approx(40.5), pytest.approx(1), None)
+    assert table["ultracompact response"] == (1, pytest.approx(24), None, None)
+
+
+def test_figures_show_the_right_data(tested, files):
+    sheets = {f"overlays_{name.replace(' ', '_')}.jpg" for name in (*NAMES, "compared")}
+    assert sheets | {"per_class_iou.png", "training_curves.png"} <= set(os.listdir(tested[0]))
+    bars = script.class_bars(tested[1])
+    for row in tested[1]:
+        expected = [math.nan if iou is None else 100 * iou for iou in row["iou"].values()]
+        np.testing.assert_allclose(bars[row["label"]], expected)
+    chosen = SimpleNamespace(checkpoint=files, model=None, eval_size=None)
+    histories = script.load_histories(script.load_students(chosen, CPU))
+    numbers = {label: lines[0]["ce"] for label, lines in histories.items()}
+    assert numbers == dict(zip(NAMES, range(5)))
+    ious = {7: 0.5, 1: 0.9, 2: 0.1, 3: 0.3, 4: 0.7}
+    assert script.best_and_worst(ious, 4) == ([1, 4], [2, 3])
+    other = {7: 0.0, 1: 0.9, 2: 0.1, 3: 0.3, 4: 0.7}
+    assert script.evenly_ranked([ious, other], 5) == [2, 7, 3, 4, 1]
+    assert script.evenly_ranked([ious], 1) == [7]
+
+
+def test_prediction_of_an_image_is_the_one_that_is_measured(files, tiny_voc):
+    chosen = SimpleNamespace(checkpoint=files[:1], model=None, eval_size=50)
+    (student,) = script.load_students(chosen, CPU)
+    images, seen = voc_data.VOCDataset(voc_data.list_items(tiny_voc, "val")), {}
+    keep = lambda index, mask, prediction: seen.update({index: prediction})  # noqa: E731
+    voc_data.evaluate(student.network, images, 50, CPU, on_image=keep)
+    for index, labels in seen.items():
+        shown = script.predict(student, images[index][..., :3], CPU)
+        assert (shown == labels.numpy()).mean() > 0.999
+
+
+def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
+    """One checkpoint leaves report/ alone; --model must agree; --image needs no data."""
+    monkeypatch.chdir(tmp_path)
+    run(script, "--checkpoint", files[0], "--data_root", tiny_voc)
+    assert os.listdir("report") == ["best_model_ultracompact_none"]
+    assert "results.md" in os.listdir("report/best_model_ultracompact_none")
+    with pytest.raises(UsageError, match="--model standard"):
+        run(script, "--checkpoint", files[0], "--model", "standard", "--data_root", tiny_voc)
+    with pytest.raises(DataError, match="no best_model_.*train.py"):
+        run(script, "--save_dir", tmp_path, "--data_root", tiny_voc)
+    photo = sorted((tiny_voc / "JPEGImages").iterdir())[0]
+    monkeypatch.setattr(voc_data, "find_voc", None)
+    run(script, "--image", photo, "--checkpoint", files[0], "--output_dir", tmp_path / "photos")
+    assert os.listdir("photos") == [f"image_{photo.stem}.jpg"]
+
+
+# ------------------------------------------------------------------------- files that do not fit
+
+
+class Malicious:
+    """Reading it back writes a file."""
+
+    def __reduce__(self):
+        return exec, ("open('executed', 'w').close()",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "evil.pth")
+    torch.load("evil.pth", weights_only=False)
+    os.remove("executed")  # it works where it is let
+    for read in (kd_losses.load_student, kd_losses.read_checkpoint):
+        with pytest.raises(DataError, match="evil.pth"):
+            read(tmp_path / "evil.pth")
+    assert not os.path.exists("executed")
+
+
+def test_files_that_are_no_student_are_one_line(files, tmp_path):
+    whole, content = files[0].read_bytes(), kd_losses.read_checkpoint(files[0])
+    broken = [b"", b"text", b"PK\x03\x04" + bytes(99), *(whole[: len(whole) * i // 9] for i in range(9))]
+    others = [[1], torch.zeros(3), {}, content["model_state_dict"], {"model": {}},
+              content | {"model": "standard"}, content | {"num_classes": 5},
+              content | {"model_state_dict": {"a": 1}}]  # fmt: skip
+    for number, value in enumerate([*broken, *others]):
+        file = tmp_path / f"{number}.pth"
+        file.write_bytes(value) if isinstance(value, bytes) else torch.save(value, file)
+        with pytest.raises(DataError, match=file.name) as caught:
+            kd_losses.load_student(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"weight": torch.zeros(3)}, {"model": {"weight": torch.zeros(3)}}, {1: torch.zeros(3)},
+    {f"backbone.{n}": torch.zeros(1) for n in range(500)}, {"model": 5}, torch.zeros(3), [1, 2],
+])  # fmt: skip
+def test_teacher_weights_that_do_not_fit_are_one_short_line(content, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(DataError, match="weights.pth") as caught:
+        kd_losses.load_teacher("lraspp_mobilenet_v3_large", tmp_path / "weights.pth", CPU)
+    text = str(caught.value).replace(str(tmp_path), "")
+    assert len(text) < 400 and "\n" not in text
