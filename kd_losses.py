@@ -125,11 +125,9 @@ def read_checkpoint(file):
     """What torch.save wrote to a file; code in it is never run. DataError where it is broken."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist") from error
     except pickle.UnpicklingError as error:
         raise DataError(f"{file} holds no plain weights (code in it is not run)") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch.load raises many kinds for a broken file
         raise DataError(f"{file} cannot be read ({first_line(error)}): is it truncated?") from error
 
 
@@ -183,7 +181,10 @@ class Teacher:
         self.network, self.name, self.size, self.device = network, name, size, device
         network.requires_grad_(False)
         self.parameters = count_parameters(network)
-        outputs = self(torch.zeros(2, 3, 64, 64, device=device))
+        try:
+            outputs = self(torch.zeros(2, 3, 64, 64, device=device))
+        except (RuntimeError, AssertionError) as error:  # exported for one size of images
+            raise DataError(f"the teacher {name} cannot run: {first_line(error)}") from error
         self.channels = {key: value.shape[1] for key, value in outputs.items()}
         if self.channels.get("out") != NUM_CLASSES:
             raise DataError(f"the teacher {name} does not return {NUM_CLASSES} classes as 'out'")
@@ -248,8 +249,9 @@ def load_teacher(name, weights_file, device):
         state = read_checkpoint(weights_file)
         for key in ("model", "state_dict"):
             state = state.get(key, state) if isinstance(state, dict) else state
-        state = {key.removeprefix("module."): value for key, value in dict(state).items()}
-        state = {k: v for k, v in state.items() if not k.startswith("aux_classifier.")}
+        if isinstance(state, dict):
+            names = {key: str(key).removeprefix("module.") for key in state}
+            state = {names[k]: v for k, v in state.items() if not names[k].startswith("aux_")}
         load_weights(network, state, weights_file)
     else:
         weights = models.get_model_weights(name).COCO_WITH_VOC_LABELS_V1

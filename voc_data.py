@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tabulate import tabulate
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.utils import download_and_extract_archive
@@ -68,7 +67,7 @@ def run(main, args):
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: use a smaller --batch_size or --crop_size")
     except (DataError, OSError) as error:
-        message = str(error).rsplit("DataError: ", 1)[-1]  # without the traceback of a worker
+        message = str(error).rsplit("DataError: ", 1)[-1].strip()  # less the traceback of a worker
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
@@ -130,7 +129,7 @@ MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
 
 def find_voc(data_root=None):
-    """The folder that holds JPEGImages, at most five levels below `data_root`.
+    """The folder that holds JPEGImages, at most seven levels below `data_root`.
 
     "sample" makes the synthetic sample; None looks in the usual places, then downloads (2 GB)."""
     if str(data_root) == "sample":
@@ -138,11 +137,11 @@ def find_voc(data_root=None):
     kagglehub = path(os.environ.get("KAGGLEHUB_CACHE", "~/.cache/kagglehub"))
     places = [Path("data"), Path("/content/data"), Path("/kaggle/input"), kagglehub]
     for place in [data_root] if data_root else places:
-        for folder, names, _ in os.walk(place):
+        for folder, names, _ in os.walk(place, followlinks=True):
             found = {"JPEGImages", "ImageSets"} <= {*names} and {*names} & {*MASK_FOLDERS}
             if found and not re.search(r"VOC20(0\d|1[01])$", folder):  # other years
                 return Path(folder)
-            deep = len(Path(folder).relative_to(place).parts) >= 5
+            deep = len(Path(folder).relative_to(place).parts) >= 7
             names[:] = sorted(n for n in names if not deep and not n.startswith((".", "__")))
     if data_root is None:
         return download_voc(Path("data"))
@@ -186,9 +185,9 @@ def read_split(root, split, known=()):
     if not file.is_file():
         lists = sorted(other.stem for other in file.parent.glob("[!.]*.txt"))
         raise DataError(f"{file} does not exist; the lists of this data set: {lists}")
-    raw = file.read_bytes()
     try:  # PowerShell writes UTF-16; Windows editors put a byte order mark in front
-        text = raw.decode("utf-16" if raw[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
+        is_utf_16 = file.read_bytes()[:1] in (b"\xff", b"\xfe")
+        text = file.read_text("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not a text file in UTF-8 ({error})") from error
     ids = []
@@ -246,7 +245,7 @@ def read_mask(file):
         raise DataError(f"{file} cannot be read as a mask ({error})") from error
     if mode not in ("P", "L"):
         raise DataError(f"{file} is a {mode} image; a mask is an 8-bit PNG of class indices")
-    present, allowed = np.unique(labels).tolist(), {*range(NUM_CLASSES), VOID}
+    present, allowed = np.unique(labels[labels != VOID]).tolist(), {*range(NUM_CLASSES), VOID}
     index_of = {tuple(colour): index for index, colour in enumerate(voc_palette().tolist())}
     meant = [index_of.get(tuple(palette[3 * label : 3 * label + 3])) for label in present]
     if meant != present and {*meant} <= allowed and len({*meant}) == len(meant):
@@ -296,7 +295,7 @@ def cached_arrays(kind, cache_dir, items, dtype, settings, arrays, *args):
     temporary, shapes = folder.with_suffix(f".{os.getpid()}"), []
     try:
         if not folder.is_dir():
-            temporary.mkdir(parents=True)
+            temporary.mkdir(parents=True, exist_ok=True)
             with open(temporary / "values.bin", "wb") as file:
                 for array in tqdm(arrays(*args), kind, len(items), leave=False, disable=None):
                     file.write(np.ascontiguousarray(array, dtype).data)
@@ -304,8 +303,9 @@ def cached_arrays(kind, cache_dir, items, dtype, settings, arrays, *args):
             np.save(temporary / "shapes.npy", shapes)
             temporary.rename(folder)
     except OSError as error:
-        raise DataError(f"could not write the cache {folder} ({error}): free some disk space, use "
-                        "another --cache_dir, or none (--cache_dir none)") from error  # fmt: skip
+        if not folder.is_dir():  # else another process was faster
+            raise DataError(f"could not write {folder} ({error}): free some disk space, or name "
+                            "another --cache_dir ('none': no cache)") from error  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return ArrayFile(folder, dtype)
@@ -341,15 +341,15 @@ def check_classes(pixels):
     return pixels
 
 
-def ignore_signals(worker_id):
-    """In a worker of a loader: the main process ends it, on Ctrl-C too."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_ctrl_c(worker_id):
+    """In a worker of a loader, which the main process ends, by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_loader(dataset, workers, batch_size=None, **more):
     """A DataLoader whose workers live on, with random numbers of its own (dropout has torch's)."""
-    more |= {"persistent_workers": workers > 0, "worker_init_fn": ignore_signals}
+    more |= {"persistent_workers": workers > 0, "worker_init_fn": ignore_ctrl_c}
     return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator(), **more)
 
 
@@ -563,9 +563,9 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
 @torch.inference_mode()
 def measure_speed(model, device, size, batch_size=16):
     """MACs of one square image, its latency, the throughput of a batch; on CUDA in float16 too."""
+    from torch.utils.benchmark import Timer  # slow to import
     threads, on_cuda = torch.get_num_threads(), device.type == "cuda"
-    batch = torch.zeros(batch_size, 3, size, size, device=device)
-    batch = batch.to(memory_format=torch.channels_last)
+    batch = torch.zeros(batch_size, 3, size, size).to(device, memory_format=torch.channels_last)
 
     def seconds(images):
         timer = Timer("model(x)", globals={"model": model, "x": images}, num_threads=threads)

@@ -7,7 +7,7 @@ import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 from urllib.error import URLError
 
 import pytest
@@ -19,34 +19,29 @@ import test_pretrained_fcn
 import train
 import voc_data
 from conftest import ROOT, load_test_script
-from test_teacher import CPU, Strided, save_student
+from test_teacher import CPU, save_student
 from voc_data import DataError, UsageError
 
 MODES = ("none", "response", "feature")
-EPOCHS = 5
+
+
+def flags_of(root, save, *flags):
+    flags = ["--data_root", root, "--save_dir", save, "--cache_dir", save.parent / "cache",
+             "--no_pretrained", "--crop_size", 65, "--eval_size", 65, "--batch_size", 4, "--lr",
+             0.01, "--epochs", 4, "--workers", 0, "--device", "cpu", *flags]  # fmt: skip
+    return [str(flag) for flag in flags]
 
 
 def parsed(root, save, *flags):
-    base = ["--data_root", root, "--save_dir", save, "--cache_dir", save.parent / "cache",
-            "--no_pretrained", "--crop_size", 65, "--eval_size", 65, "--batch_size", 4, "--lr",
-            0.01, "--epochs", EPOCHS, "--workers", 0, "--device", "cpu", *flags]  # fmt: skip
-    return train.get_args_parser().parse_args([str(flag) for flag in base])
+    return train.get_args_parser().parse_args(flags_of(root, save, *flags))
 
 
-def trained(root, save, *flags):
+def trained(root, save, *flags, figures=False):
     """A training by train.main; the lines of its history."""
     args = parsed(root, save, *flags)
-    train.main(args)
-    return read_history(args)
-
-
-def read_history(args):
-    lines = train.run_file(args, "history").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def without_times(history):
-    return [{k: v for k, v in r.items() if k not in ("seconds", "val_seconds")} for r in history]
+    with patch.object(train, "write_summary", train.write_summary if figures else Mock()):
+        train.main(args)
+    return [json.loads(line) for line in train.run_file(args, "history").read_text().splitlines()]
 
 
 def differences(one, other, place=""):
@@ -76,8 +71,7 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_warmup():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "WARMUP", 4)
+    with patch.object(train, "WARMUP", 4):
         yield
 
 
@@ -85,9 +79,8 @@ def short_warmup():
 def runs(tiny_voc, teacher_file, tmp_path_factory):
     """The folder that a run of each mode left, and their histories."""
     folder = tmp_path_factory.mktemp("runs") / "save"
-    flags = ["--teacher", teacher_file, "--val_every", 2]
-    histories = {m: trained(tiny_voc, folder, *flags, "--kd_mode", m) for m in MODES}
-    return folder, histories
+    flags = ["--teacher", teacher_file, "--val_every", 3, "--kd_mode"]
+    return folder, {m: trained(tiny_voc, folder, *flags, m, figures=True) for m in MODES}
 
 
 # ------------------------------------------------------------------------------- what a run leaves
@@ -106,8 +99,8 @@ def test_losses_fall_and_add_up(runs, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_history_has_a_line_an_epoch_and_validations_at_their_interval(runs, mode):
     history = runs[1][mode]
-    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5]
-    assert [r["epoch"] for r in history if "val_miou" in r] == [2, 4, 5]  # and after the last
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    assert [r["epoch"] for r in history if "val_miou" in r] == [3, 4]  # and after the last
     for record in history:
         assert record["images"] == 24 and record["seconds"] > 0
     assert 0 < history[-1]["lr"] < history[0]["lr"] < 0.01
@@ -143,7 +136,7 @@ def test_folder_holds_five_files_a_run_and_a_report(runs):
     score = 4 * content["miou"] / (1 + content["parameters"] / 1e6)
     final = histories["response"][-1]["val_miou"]
     assert re.search(rf"best val mIoU +{content['miou']:.4f} \(epoch {content['epoch']}\)", text)
-    assert re.search(rf"final val mIoU +{final:.4f} \(epoch 5\)", text)
+    assert re.search(rf"final val mIoU +{final:.4f} \(epoch 4\)", text)
     assert re.search(rf"score +{score:.4f}", text)
     for name, value in content["settings"].items():
         assert re.search(rf"^ *{name} +{re.escape(str(value))}$", text, re.MULTILINE), name
@@ -153,13 +146,13 @@ def test_curves_are_the_columns_of_the_history(runs):
     history = runs[1]["feature"]
     series = {label: [list(part) for part in points]
               for label, points in train.curves(history).items()}  # fmt: skip
-    assert series["train loss"] == [[1, 2, 3, 4, 5], [record["loss"] for record in history]]
+    assert series["train loss"] == [[1, 2, 3, 4], [record["loss"] for record in history]]
     assert series["train distillation"][1] == [record["kd"] for record in history]
     (miou,) = [points for label, points in series.items() if "mIoU" in label]
-    assert miou[0] == series["val cross-entropy"][0] == [2, 4, 5]
-    factor = miou[1][0] / history[1]["val_miou"]  # a share or percent
+    assert miou[0] == series["val cross-entropy"][0] == [3, 4]
+    factor = miou[1][0] / history[2]["val_miou"]  # a share or percent
     assert factor in (pytest.approx(1), pytest.approx(100))
-    assert miou[1] == pytest.approx([factor * history[i]["val_miou"] for i in (1, 3, 4)])
+    assert miou[1][1] == pytest.approx(factor * history[3]["val_miou"])
 
 
 def test_epoch_line():
@@ -223,8 +216,8 @@ def test_steps_do_not_wait_for_the_device(tiny_voc, teacher_file, tmp_path, monk
         return compute(*args)
 
     monkeypatch.setattr(train, "compute_losses", mark)
-    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--batch_size", 1, "--crop_size", 33,
-             "--cache_dir", "none", "--epochs", 1]  # fmt: skip
+    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--batch_size", 1, "--crop_size",
+             33, "--cache_dir", "none", "--epochs", 1]  # fmt: skip
     with Watch():
         trained(tiny_voc, tmp_path, *flags)
     assert len(at_step) == 24
@@ -336,7 +329,7 @@ def status_of(main, args, capsys):
     ("--lr -1", "--lr"), ("--weight_decay -1", "--weight_decay"), ("--seed -1", "--seed"),
     ("--temperature 0", "--temperature"), ("--alpha -1", "--alpha"), ("--beta nan", "--beta"),
     ("--crop_size 32", "--crop_size"), ("--eval_size 0", "--eval_size"), ("--scale 2 1", "--scale"),
-    ("--scale 0 1", "--scale"), ("--colour_jitter -1", "--colour_jitter"), ("--workers -1", "--work"),
+    ("--scale 0 1", "--scale"), ("--colour_jitter -1", "--colour"), ("--workers -1", "--workers"),
     ("--val_every 0", "--val_every"), ("--patience -1", "--patience"), ("--model vgg", "--model"),
     ("--kd_mode both", "--kd_mode"), ("--kd_levels top", "--kd_levels"), ("--typo 1", "--typo"),
     ("--class_balance x", "--class_balance"), ("--device tpu", "--device"), ("--amp on", "--amp"),
@@ -407,3 +400,62 @@ def test_every_flag_of_train_is_named_in_the_lists_or_the_readme():
     flags = [option for action in train.get_args_parser()._actions for option in
              action.option_strings if option.startswith("--")]  # fmt: skip
     assert not [flag for flag in flags if not re.search(rf"{flag}\b", text) and flag != "--help"]
+
+
+# ------------------------------------------------------------------------- files that do not fit
+
+
+class Malicious:
+    """Reading it back writes a file."""
+
+    def __reduce__(self):
+        return exec, ("open('executed', 'w').close()",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "evil.pth")
+    torch.load("evil.pth", weights_only=False)
+    os.remove("executed")  # it works where it is let
+    for read in (kd_losses.load_student, kd_losses.read_checkpoint):
+        with pytest.raises(DataError, match="evil.pth"):
+            read(tmp_path / "evil.pth")
+    assert not os.path.exists("executed")
+
+
+def test_files_that_are_no_student_are_one_line(teacher_file, tmp_path):
+    whole, content = teacher_file.read_bytes(), kd_losses.read_checkpoint(teacher_file)
+    broken = [b"text", b"<html>404</html>", b"PK\x03\x04" + bytes(99)]
+    broken += [whole[: len(whole) * part // 9] for part in range(9)]
+    others = [[1], torch.zeros(3), {}, content["model_state_dict"], {"model": {}},
+              content | {"model": "standard"}, content | {"num_classes": 5},
+              content | {"model_state_dict": {"a": 1}}]  # fmt: skip
+    for number, value in enumerate([*broken, *others]):
+        file = tmp_path / f"{number}.pth"
+        file.write_bytes(value) if isinstance(value, bytes) else torch.save(value, file)
+        with pytest.raises(DataError, match=file.name) as caught:
+            kd_losses.load_student(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"weight": torch.zeros(3)}, {"model": {"weight": torch.zeros(3)}}, {1: torch.zeros(3)},
+    {f"backbone.{n}": torch.zeros(1) for n in range(500)}, {"model": 5}, torch.zeros(3), [1, 2],
+])  # fmt: skip
+def test_teacher_weights_that_do_not_fit_are_one_short_line(content, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(DataError, match="weights.pth") as caught:
+        kd_losses.load_teacher("lraspp_mobilenet_v3_large", tmp_path / "weights.pth", CPU)
+    text = str(caught.value).replace(str(tmp_path), "")
+    assert len(text) < 400 and "\n" not in text
+
+
+def test_unknown_name_and_missing_download_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="resnet18.*fcn_resnet50"):
+        kd_losses.load_teacher("resnet18", None, CPU)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    no_route = Mock(side_effect=URLError("no route to host"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
+    with pytest.raises(DataError, match="no route to host.*--teacher_weights") as caught:
+        kd_losses.load_teacher("lraspp_mobilenet_v3_large", None, CPU)
+    assert "\n" not in str(caught.value)
