@@ -125,6 +125,8 @@ def read_checkpoint(file):
     """What torch.save wrote to a file; code in it is never run. DataError where it is broken."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist") from error
     except pickle.UnpicklingError as error:
         raise DataError(f"{file} holds no plain weights (code in it is not run)") from error
     except Exception as error:  # torch.load raises many kinds for a broken file
@@ -218,8 +220,6 @@ class Teacher:
 
 
 class StudentAsTeacher(nn.Module):
-    """A student with the interface of a teacher's network."""
-
     def __init__(self, student):
         super().__init__()
         self.student = student

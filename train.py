@@ -97,7 +97,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
     history = state["history"] if state else []
-    for name, part in parts.items() if state else ():
+    for name, part in parts.items() if history else ():
         part.load_state_dict(state[name])
     network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     if RANK == 0:
@@ -359,7 +359,7 @@ def load_last(args, settings):
         before = state["settings"]
         changed = [name for name in sorted((settings.keys() | before.keys()) - set(FREE.split()))
                    if settings.get(name) != before.get(name)]  # fmt: skip
-        if changed:
+        if changed and state["history"]:
             was = ", ".join(f"{name} {before.get(name)}" for name in changed)
             raise UsageError(f"{last} was made with {was}: use that again, another --save_dir, or "
                              "--resume none --overwrite for a fresh start")  # fmt: skip
@@ -376,8 +376,9 @@ def start_run(args, settings, history):
           f"{settings['teacher']}: {settings['labelled_images']} labelled images, "
           f"{settings['unlabelled_images']} unlabelled, {settings['val_images']} val; "
           f"{len(history)} of {args.epochs} epochs are done", flush=True)
-    if not history:
-        run_file(args, "last").unlink(missing_ok=True)  # of a run that is overwritten
+    if not history:  # no older run's state is left, and one that is killed at once can resume
+        first = {"history": [], "settings": settings}
+        atomic_save(run_file(args, "last"), lambda file: torch.save(first, file))
     write_history(args, history)  # a kill may have come between last_*.pth and the history
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -22,80 +23,122 @@ from voc_data import DataError
 
 __all__ = ["teacher_file"]  # a fixture
 LIMIT = 100  # seconds
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://nowhere.backend",
+               "PYTHONPATH": str(ROOT)}  # fmt: skip
+CHILD = """
+import multiprocessing, os, runpy, sys
+multiprocessing.set_start_method(None, force=True)
+os.setsid()
+os.chdir({folder!r})
+output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(output, 1), os.dup2(output, 2)
+sys.argv = ["train.py", *{flags!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
-def start(folder, *command):
-    """A process as from a shell, in a process group of its own; its output is in output.txt."""
-    folder.mkdir(exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://nowhere.backend"}
-    with open(folder / "output.txt", "w") as output:
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=folder, env=os.environ | environment,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+@pytest.fixture(scope="module")
+def start():
+    """`start(folder, flags)`: run train.py in a process group of its own; output in output.txt.
 
+    The processes are copies of one that has imported torch: a new one would take seconds.
+    """
+    context, started = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["train"])
 
-def wait_until(reached, process, folder):
-    limit = time.monotonic() + LIMIT
-    while not reached():
-        assert process.poll() is None and time.monotonic() < limit, output_of(folder)
-        time.sleep(0.0005)
+    def start(folder, flags):
+        folder.mkdir(exist_ok=True)
+        (folder / "output.txt").write_text("")
+        code = CHILD.format(folder=str(folder), flags=flags, script=str(ROOT / "train.py"))
+        started.append(context.Process(target=exec, args=(code, {})))
+        with patch.dict(os.environ, ENVIRONMENT):
+            started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 def output_of(folder):
     return (folder / "output.txt").read_text()
 
 
-def history_of(save, run):
-    return (save / f"history_ultracompact_{run}.jsonl").read_text().splitlines()
+def wait_until(reached, process, folder):
+    limit = time.monotonic() + LIMIT
+    while not reached():
+        assert process.is_alive() and time.monotonic() < limit, output_of(folder)
+        time.sleep(0.0005)
 
 
-def test_killed_run_equals_an_undisturbed_one(tiny_voc, teacher_file, tmp_path):
-    """SIGKILL while last_*.pth is written, and at a random moment."""
-    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 9, "--val_every", 2]
+def epochs_of(save, mode):
+    """The number of epochs in last_*.pth and in the history."""
+    state = torch.load(save / f"last_ultracompact_{mode}.pth", weights_only=True)
+    history = (save / f"history_ultracompact_{mode}.jsonl").read_text().splitlines()
+    return len(state["history"]), len(history)
+
+
+def test_killed_run_equals_an_undisturbed_one(start, tiny_voc, teacher_file, tmp_path):
+    """SIGKILL while last_*.pth is written, and at two random moments."""
+    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 12, "--val_every", 2]
     trained(tiny_voc, tmp_path / "alone", *flags)
-    folder, rng, run = tmp_path / "killed", random.Random(), "ultracompact_feature"
+    folder, rng, done = tmp_path / "killed", random.Random(), 0
     save = folder / "save"
-    command = ROOT / "train.py", *flags_of(tiny_voc, save, *flags)
-    unfinished, done = save / f"last_{run}.pth.tmp", 0
-    for in_write in (True, False):
-        process = start(folder, *command)
-        wait_until(lambda: f"epoch {done + 1}/9" in output_of(folder), process, folder)
-        if in_write:
+    for moment in ("in a write", "any", "any"):
+        process = start(folder, flags_of(tiny_voc, save, *flags))
+        wait_until(lambda: f"epoch {done + 1}/12" in output_of(folder), process, folder)
+        if moment == "in a write":
+            unfinished = save / "last_ultracompact_feature.pth.tmp"
             wait_until(unfinished.exists, process, folder)
         else:
             time.sleep(rng.uniform(0, 0.6))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        done = len(torch.load(save / f"last_{run}.pth", weights_only=True)["history"])
-        assert 1 <= len(history_of(save, "feature")) <= done < 9
-    assert start(folder, *command).wait(LIMIT) == 0, output_of(folder)
-    assert files_differ(tmp_path / "alone", save, run) == []
-    assert len(history_of(save, "feature")) == 9
-    assert not list(save.glob("*.tmp")) and (save / f"training_curves_{run}.png").is_file()
+        process.join()
+        done, lines = epochs_of(save, "feature")
+        assert 1 <= lines <= done < 12
+    trained(tiny_voc, save, *flags)
+    assert files_differ(tmp_path / "alone", save, "ultracompact_feature") == []
+    assert epochs_of(save, "feature") == (12, 12) and not list(save.glob("*.tmp"))
 
 
-def test_interrupted_run_equals_an_undisturbed_one(
-    tiny_voc, teacher_file, sample_root, tmp_path, monkeypatch
-):
+def test_signals_end_a_run_with_a_line_and_their_status(start, tiny_voc, tmp_path):
+    """Ctrl-C, which goes to the workers too, and SIGTERM; both runs at once, to save time."""
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        folder = tmp_path / number.name
+        flags = flags_of(tiny_voc, folder / "save", "--epochs", 500, "--workers", 1)
+        processes[number] = start(folder, flags)
+    for number, process in processes.items():
+        folder = tmp_path / number.name
+        wait_until(lambda: "epoch 1/500" in output_of(folder), process, folder)  # noqa: B023
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+    for number, process in processes.items():
+        process.join(LIMIT)
+        output = output_of(tmp_path / number.name)
+        assert process.exitcode == 128 + number, output
+        assert "the same command" in output and "Traceback" not in output
+        state, lines = epochs_of(tmp_path / number.name / "save", "none")
+        assert state == lines >= 1 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_interrupted_run_equals_an_undisturbed_one(tiny_voc, teacher_file, tmp_path, monkeypatch):
     """Ctrl-C in the second epoch of a response run with unlabelled images; then the same again."""
-    flags = ["--kd_mode", "response", "--teacher", teacher_file, "--extra_images",
-             sample_root / "JPEGImages", "--epochs", 3]  # fmt: skip
+    flags = ["--kd_mode", "response", "--teacher", teacher_file, "--train_split", "val",
+             "--allow_val_in_train", "--extra_images", "voc", "--epochs", 3]  # fmt: skip
     trained(tiny_voc, tmp_path / "alone", *flags)
     compute, calls = train.compute_losses, itertools.count(1)
 
     def interrupted(*args):
-        if next(calls) == 9:  # of six an epoch
+        if next(calls) == 4:  # of two an epoch
             raise KeyboardInterrupt
         return compute(*args)
 
     monkeypatch.setattr(train, "compute_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(tiny_voc, tmp_path / "cut", *flags)
-    assert len(history_of(tmp_path / "cut", "response")) == 1
+    assert epochs_of(tmp_path / "cut", "response") == (1, 1)
     trained(tiny_voc, tmp_path / "cut", *flags)
-    assert next(calls) == 9 + 12 + 1  # the second epoch and the third
+    assert next(calls) == 4 + 4 + 1  # the second epoch and the third
     assert files_differ(tmp_path / "alone", tmp_path / "cut", "ultracompact_response") == []
 
 
@@ -104,7 +147,7 @@ def test_interrupted_run_equals_an_undisturbed_one(
     (2, OSError(errno.ENOSPC, "No space left on device")), (3, RuntimeError("writing failed")),
 ])  # fmt: skip
 def test_full_disk_leaves_whole_files_and_the_run_can_go_on(call, error, tiny_voc, tmp_path):
-    flags, save, calls = ["--epochs", 2, "--batch_size", 12], torch.save, itertools.count(1)
+    flags, save, calls = ["--epochs", 2, "--batch_size", 24], torch.save, itertools.count(1)
     trained(tiny_voc, tmp_path / "alone", *flags)
 
     def fill(content, file):
@@ -120,26 +163,6 @@ def test_full_disk_leaves_whole_files_and_the_run_can_go_on(call, error, tiny_vo
     assert not list(tmp_path.rglob("*.tmp"))
     trained(tiny_voc, tmp_path / "full", *flags)
     assert files_differ(tmp_path / "alone", tmp_path / "full") == []
-
-
-def test_signals_end_a_run_with_a_line_and_their_status(tiny_voc, tmp_path):
-    """Ctrl-C, which goes to the workers too, and SIGTERM; both runs at once, to save time."""
-    processes = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        folder = tmp_path / number.name
-        flags = flags_of(tiny_voc, folder / "save", "--epochs", 500, "--workers", 1)
-        processes[number] = start(folder, ROOT / "train.py", *flags)
-    for number, process in processes.items():
-        folder = tmp_path / number.name
-        wait_until(lambda: "epoch 1/500" in output_of(folder), process, folder)  # noqa: B023
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
-    for number, process in processes.items():
-        folder = tmp_path / number.name
-        assert process.wait(LIMIT) == 128 + number, output_of(folder)
-        assert "the same command" in output_of(folder) and "Traceback" not in output_of(folder)
-        state = torch.load(folder / "save/last_ultracompact_none.pth", weights_only=True)
-        assert len(history_of(folder / "save", "none")) == len(state["history"]) >= 1
-        assert not list(folder.rglob("*.tmp"))
 
 
 RANK = """
@@ -161,22 +184,23 @@ voc_data.run(train.main, train.get_args_parser().parse_args())
 
 
 def test_two_processes_validate_exactly_and_restart_after_a_kill(voc, teacher_file, tmp_path):
-    """13 val images, of which one process has more; the second process is killed in epoch 2."""
-    lists = voc / "ImageSets/Segmentation"
-    names = (lists / "val.txt").read_text().split()
-    (lists / "val.txt").write_text("\n".join(names[:7]))
-    folder = tmp_path / "run"
-    (tmp_path / "rank.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{RANK}")
-    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 3]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-              "--max_restarts=1", tmp_path / "rank.py"]  # fmt: skip
-    process = start(folder, *launch, *flags_of(voc, folder / "save", *flags))
-    assert process.wait(LIMIT) == 0, output_of(folder)
-    assert "1 of 3 epochs are done" in output_of(folder)
-    assert len(history_of(folder / "save", "feature")) == 3
-    one, other = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    """Seven val images, of which one process has more; the second one is killed in epoch 2."""
+    val = voc / "ImageSets/Segmentation/val.txt"
+    val.write_text("\n".join(val.read_text().split()[:7]))
+    (tmp_path / "rank.py").write_text(RANK)
+    flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max_restarts=1", "rank.py", *flags_of(voc, tmp_path / "save", *flags)]  # fmt: skip
+    with open(tmp_path / "output.txt", "w") as output:
+        result = subprocess.run(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, timeout=LIMIT,
+                                stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
+    assert result.returncode == 0, output_of(tmp_path)
+    assert "1 of 2 epochs are done" in output_of(tmp_path)
+    assert epochs_of(tmp_path / "save", "feature") == (2, 2)
+    assert (tmp_path / "save/training_curves_ultracompact_feature.png").is_file()
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert differences(one, other) == []
-    state = torch.load(folder / "save/last_ultracompact_feature.pth", weights_only=True)
+    state = torch.load(tmp_path / "save/last_ultracompact_feature.pth", weights_only=True)
     assert differences(state["ema"], one[1]) == []
     student = kd_losses.STUDENTS["ultracompact"](pretrained=False)
     student.load_state_dict(state["ema"])
