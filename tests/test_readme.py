@@ -16,7 +16,7 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["results", "long/results", "speed/data_path"])
+@pytest.mark.parametrize("name", ["results"])
 def test_a_table_is_the_one_that_was_written(name):
     table = (ROOT / "report" / f"{name}.md").read_text(encoding="utf-8")
     assert table.split("\n\n")[0].strip() in README
