@@ -55,10 +55,12 @@ def main(args):
         return
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.val_split)
     images = voc_data.VOCDataset(items)
-    rows, image_ious = [], []
+    rows, image_ious, speeds = [], [], {}
     for student in students:
         row, ious = measure(args, student, images, device)
-        rows.append(row)
+        key = student.model, student.eval_size or 500  # speed does not depend on the weights
+        speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
+        rows.append(row | speeds[key])
         image_ious.append(ious)
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
@@ -114,7 +116,6 @@ def measure(args, student, images, device):
     matrix, loss = voc_data.evaluate(*arguments, on_image=image_iou)
     print(f"\n{student.file}, {len(images)} images of '{args.val_split}'\n{matrix}")
     parameters = count_parameters(student.network)
-    size = student.eval_size or 500
     row = {
         "model": student.model, "kd_mode": student.kd_mode, "seed": student.seed,
         "epochs": student.settings.get("epochs"), "checkpoint": str(student.file),
@@ -122,7 +123,6 @@ def measure(args, student, images, device):
         "split": args.val_split, "images": len(images), "eval_size": student.eval_size,
         "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy, "loss": loss,
         "score": score(matrix.miou, parameters), "parameters": parameters,
-        **voc_data.measure_speed(student.network, device, size), "speed_size": size,
         "iou": {c: None if iou != iou else iou for c, iou in zip(CLASSES, matrix.iou.tolist())},
     }  # fmt: skip
     return row, {index: iou for index, iou in ious.items() if not math.isnan(iou)}
