@@ -208,7 +208,6 @@ def average_over_ranks(tensors):
 
 
 def validate(args, network, images, device):
-    """What a line of the history says of the val list."""
     start = time.perf_counter()
     matrix, loss = voc_data.evaluate(network, images, args.eval_size, device, args.workers)
     return {"val_loss": loss, "val_miou": matrix.miou, "val_pixel_accuracy": matrix.pixel_accuracy,
@@ -234,7 +233,10 @@ def init_processes(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        dist.init_process_group(timeout=timedelta(hours=2))  # the time that caches may take
+        wait, attempt = timedelta(hours=2), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # A restart by torchrun must not find the addresses of processes that have died.
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
+        dist.init_process_group(None, None, wait, WORLD_SIZE, RANK, store)
     return voc_data.choose_device(args.device)
 
 

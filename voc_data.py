@@ -61,7 +61,8 @@ class UsageError(DataError):
 def run(main, args):
     """Call `main(args)`; where flags, data or memory are at fault, end in one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook; a terminal may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except torch.OutOfMemoryError:
@@ -156,11 +157,11 @@ def download_voc(folder):
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
         download_and_extract_archive(voc["url"], folder, unpacked, voc["filename"], voc["md5"])
-        (unpacked / "VOCdevkit").rename(folder / "VOCdevkit")
+        (unpacked / "VOCdevkit/VOC2012").rename(folder / "VOC2012")  # beside a VOCdevkit, if any
     except (OSError, RuntimeError) as error:
         hint = f"unpack {voc['url']} into ./data, or use --data_root DIR or --data_root sample"
         raise DataError(f"the download failed ({error}): {hint}") from error
-    return folder / "VOCdevkit" / "VOC2012"
+    return folder / "VOC2012"
 
 
 def image_id(name):
@@ -351,7 +352,6 @@ def make_loader(dataset, workers, batch_size=None, **more):
     """A DataLoader whose workers live on, with random numbers of its own (dropout has torch's)."""
     more |= {"persistent_workers": workers > 0, "worker_init_fn": ignore_ctrl_c}
     return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator(), **more)
-
 
 
 def draw_window(length, size, zoom, position):

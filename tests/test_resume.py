@@ -2,7 +2,7 @@
 
 import errno
 import itertools
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -18,10 +18,10 @@ import kd_losses
 import train
 import voc_data
 from conftest import ROOT
-from test_training import CPU, differences, files_differ, flags_of, teacher_file, trained
+from test_training import CPU, differences, files_differ, flags_of, trained
+from test_training import teacher_file  # noqa: F401  (a fixture)
 from voc_data import DataError
 
-__all__ = ["teacher_file"]  # a fixture
 LIMIT = 100  # seconds
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://nowhere.backend",
                "PYTHONPATH": str(ROOT)}  # fmt: skip
@@ -39,20 +39,19 @@ runpy.run_path({script!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def start():
-    """`start(folder, flags)`: run train.py in a process group of its own; output in output.txt.
-
-    The processes are copies of one that has imported torch: a new one would take seconds.
-    """
+    """`start(folder, flags)`: train.py in a process group of its own, a copy of one that has
+    imported torch, which takes seconds; it writes output.txt."""
     context, started = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["train"])
+    with patch.dict(os.environ, ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
 
     def start(folder, flags):
         folder.mkdir(exist_ok=True)
         (folder / "output.txt").write_text("")
         code = CHILD.format(folder=str(folder), flags=flags, script=str(ROOT / "train.py"))
         started.append(context.Process(target=exec, args=(code, {})))
-        with patch.dict(os.environ, ENVIRONMENT):
-            started[-1].start()
+        started[-1].start()
         return started[-1]
 
     yield start
@@ -65,35 +64,32 @@ def output_of(folder):
 
 
 def wait_until(reached, process, folder):
-    limit = time.monotonic() + LIMIT
     while not reached():
-        assert process.is_alive() and time.monotonic() < limit, output_of(folder)
+        assert process.is_alive(), output_of(folder)
         time.sleep(0.0005)
 
 
 def epochs_of(save, mode):
     """The number of epochs in last_*.pth and in the history."""
     state = torch.load(save / f"last_ultracompact_{mode}.pth", weights_only=True)
-    history = (save / f"history_ultracompact_{mode}.jsonl").read_text().splitlines()
-    return len(state["history"]), len(history)
+    lines = (save / f"history_ultracompact_{mode}.jsonl").read_text().count("\n")
+    return len(state["history"]), lines
 
 
 def test_killed_run_equals_an_undisturbed_one(start, tiny_voc, teacher_file, tmp_path):
     """SIGKILL while last_*.pth is written, and at a random moment."""
     flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 9, "--val_every", 2]
     trained(tiny_voc, tmp_path / "alone", *flags)
-    folder, rng, done = tmp_path / "killed", random.Random(), 0
-    save = folder / "save"
+    folder, save, done = tmp_path / "killed", tmp_path / "killed/save", 0
     for moment in ("in a write", "any"):
         process = start(folder, flags_of(tiny_voc, save, *flags))
         wait_until(lambda: f"epoch {done + 1}/9" in output_of(folder), process, folder)
         if moment == "in a write":
-            unfinished = save / "last_ultracompact_feature.pth.tmp"
-            wait_until(unfinished.exists, process, folder)
+            wait_until((save / "last_ultracompact_feature.pth.tmp").exists, process, folder)
         else:
-            time.sleep(rng.uniform(0, 0.6))
+            time.sleep(random.uniform(0, 0.5))
         os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        process.join(LIMIT)
         done, lines = epochs_of(save, "feature")
         assert 1 <= lines <= done < 9
     trained(tiny_voc, save, *flags)
@@ -118,7 +114,7 @@ def test_signals_end_a_run_with_a_line_and_their_status(start, tiny_voc, tmp_pat
         assert process.exitcode == 128 + number, output
         assert "the same command" in output and "Traceback" not in output
         state, lines = epochs_of(tmp_path / number.name / "save", "none")
-        assert state == lines >= 1 and not list(tmp_path.rglob("*.tmp"))
+        assert state == lines >= 1 and not [*tmp_path.rglob("*.tmp")]
 
 
 def test_interrupted_run_equals_an_undisturbed_one(tiny_voc, teacher_file, tmp_path, monkeypatch):
@@ -142,10 +138,10 @@ def test_interrupted_run_equals_an_undisturbed_one(tiny_voc, teacher_file, tmp_p
     assert files_differ(tmp_path / "alone", tmp_path / "cut", "ultracompact_response") == []
 
 
-@pytest.mark.parametrize("call, error", [
-    (1, OSError(errno.ENOSPC, "No space left on device")),
-    (2, OSError(errno.ENOSPC, "No space left on device")), (3, RuntimeError("writing failed")),
-])  # fmt: skip
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call, error", [(1, NO_SPACE), (2, RuntimeError("torch")), (3, NO_SPACE)])
 def test_full_disk_leaves_whole_files_and_the_run_can_go_on(call, error, tiny_voc, tmp_path):
     flags, save, calls = ["--epochs", 2, "--batch_size", 24], torch.save, itertools.count(1)
     trained(tiny_voc, tmp_path / "alone", *flags)
@@ -171,9 +167,9 @@ import torch, train, voc_data
 faulthandler.dump_traceback_later(60, exit=True)
 
 def one_epoch(args, epoch, network, *rest):
+    record = one_epoch.original(args, epoch, network, *rest)
     if (epoch, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, "1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
-    record = one_epoch.original(args, epoch, network, *rest)
     states = [network.state_dict(), rest[-1].network.state_dict()]
     torch.save(states, f"rank{os.environ['RANK']}.pt")
     return record
@@ -189,15 +185,13 @@ def test_two_processes_validate_exactly_and_restart_after_a_kill(voc, teacher_fi
     val.write_text("\n".join(val.read_text().split()[:7]))
     (tmp_path / "rank.py").write_text(RANK)
     flags = ["--kd_mode", "feature", "--teacher", teacher_file, "--epochs", 2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max_restarts=1", "rank.py"]  # fmt: skip
-    with open(tmp_path / "output.txt", "w") as output:
-        result = subprocess.run(
-            [*command, *flags_of(voc, tmp_path / "save", *flags)], cwd=tmp_path, timeout=LIMIT,
-            env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    assert result.returncode == 0, output_of(tmp_path)
-    assert "1 of 2 epochs are done" in output_of(tmp_path)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1 rank.py"
+    result = subprocess.run(
+        [sys.executable, *launch.split(), *flags_of(voc, tmp_path / "save", *flags)], cwd=tmp_path,
+        env=os.environ | ENVIRONMENT, timeout=LIMIT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1 of 2 epochs are done" in result.stdout
     assert epochs_of(tmp_path / "save", "feature") == (2, 2)
     assert (tmp_path / "save/training_curves_ultracompact_feature.png").is_file()
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

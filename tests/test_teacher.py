@@ -63,9 +63,8 @@ def export(file, network, dynamic=True):
 
 def loader_of(items, teacher, folder, *more):
     """The DataLoader that train.py builds, with the teacher's cache in `folder`."""
-    flags = ["--kd_mode", "response", "--cache_dir", folder, "--colour_jitter", 0, "--batch_size",
-             1, "--workers", 0, *more]  # fmt: skip
-    args = train.get_args_parser().parse_args([str(flag) for flag in flags])
+    flags = ["--kd_mode", "response", "--cache_dir", folder, "--batch_size", 1, "--workers", 0]
+    args = train.get_args_parser().parse_args([str(flag) for flag in [*flags, *more]])
     train.check_flags(args)
     return train.build_loader(args, voc_data.VOCDataset(items), teacher, CPU)
 
@@ -77,9 +76,7 @@ def fcn_teacher(fake_torch_home):
         return load_teacher("fcn_resnet50", None, CPU)
 
 
-def test_fcn_gives_the_outputs_of_layers_1_2_and_4_thinned_to_the_strides(
-    fcn_teacher, fake_torch_home
-):
+def test_fcn_gives_layers_1_2_and_4_thinned_to_the_strides(fcn_teacher, fake_torch_home):
     network = models.get_model("fcn_resnet50", weights=None, weights_backbone=None, aux_loss=True)
     network.load_state_dict(torch.load(fake_torch_home / FCN_FILE, weights_only=True))
     x = images(1, 3, 65, 97)
@@ -113,10 +110,9 @@ def test_mobilenet_teachers_have_features_at_strides_4_8_and_16(tmp_path):
     for content in (state, {"model": state}, {"state_dict": wrapped, "epoch": 3}):
         torch.save(content, tmp_path / "weights.pth")
         teacher = load_teacher(name, tmp_path / "weights.pth", CPU)
-        outputs = teacher(images(1, 3, 64, 64))
+        outputs, key = teacher(images(1, 3, 64, 64)), "classifier.high_classifier.weight"
         assert [outputs[level].shape[-1] for level in LEVELS] == [16, 8, 4]
-        weight = teacher.network.state_dict()["classifier.high_classifier.weight"]
-        assert torch.equal(weight, state["classifier.high_classifier.weight"])
+        assert torch.equal(teacher.network.state_dict()[key], state[key])
 
 
 def test_student_teaches_at_its_own_size_with_its_features(tmp_path):
@@ -134,9 +130,8 @@ def test_exported_teacher_gives_what_the_network_gave(tmp_path):
     teacher = load_teacher(export(tmp_path / "teacher.pt2", network), None, CPU)
     assert teacher.channels == {"out": 21, "low": 3, "mid": 3, "high": 3}
     assert teacher.parameters == sum(p.numel() for p in network.parameters())
-    for size in ((2, 3, 65, 65), (1, 3, 97, 64)):
-        for key, value in teacher(images(*size)).items():
-            torch.testing.assert_close(value, network(images(*size))[key])
+    for x in (images(2, 3, 65, 65), images(1, 3, 97, 64)):
+        torch.testing.assert_close(teacher(x), network(x))
 
 
 def test_teachers_that_cannot_teach_are_refused(tiny_voc, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,20 +33,16 @@ def flags_of(root, save, *flags):
     return [str(flag) for flag in flags]
 
 
-def parsed(root, save, *flags):
-    return train.get_args_parser().parse_args(flags_of(root, save, *flags))
-
-
 def trained(root, save, *flags, figures=False):
     """A training by train.main; the lines of its history."""
-    args = parsed(root, save, *flags)
+    args = train.get_args_parser().parse_args(flags_of(root, save, *flags))
     with patch.object(train, "write_summary", train.write_summary if figures else Mock()):
         train.main(args)
     return [json.loads(line) for line in train.run_file(args, "history").read_text().splitlines()]
 
 
 def differences(one, other, place=""):
-    """Where two nested structures differ, tensors bit by bit; but for times and settings."""
+    """Where two nested structures differ, bit by bit; but for times and settings."""
     if isinstance(one, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [place]
     if isinstance(one, (dict, list, tuple)) and len(one) == len(other):
@@ -83,26 +80,17 @@ def runs(tiny_voc, teacher_file, tmp_path_factory):
     return folder, {m: trained(tiny_voc, folder, *flags, m, figures=True) for m in MODES}
 
 
-# ------------------------------------------------------------------------------- what a run leaves
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_fall_and_add_up(runs, mode):
+def test_losses_fall_and_add_up_and_the_history_says_so(runs, mode):
     history, beta = runs[1][mode], {"none": 0, "response": 1, "feature": 5}[mode]
     assert history[-1]["loss"] < 0.95 * history[0]["loss"]
     assert history[-1]["ce"] < 0.95 * history[0]["ce"]
     for record in history:
         assert record["loss"] == pytest.approx(record["ce"] + beta * record["kd"], rel=1e-4)
         assert (record["kd"] > 0) is (mode != "none")
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_history_has_a_line_an_epoch_and_validations_at_their_interval(runs, mode):
-    history = runs[1][mode]
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert [r["epoch"] for r in history if "val_miou" in r] == [3, 4]  # and after the last
-    for record in history:
-        assert record["images"] == 24 and record["seconds"] > 0
+    assert all(record["images"] == 24 and record["seconds"] > 0 for record in history)
     assert 0 < history[-1]["lr"] < history[0]["lr"] < 0.01
 
 
@@ -144,15 +132,12 @@ def test_folder_holds_five_files_a_run_and_a_report(runs):
 
 def test_curves_are_the_columns_of_the_history(runs):
     history = runs[1]["feature"]
-    series = {label: [list(part) for part in points]
-              for label, points in train.curves(history).items()}  # fmt: skip
+    series = {label: [*map(list, points)] for label, points in train.curves(history).items()}
     assert series["train loss"] == [[1, 2, 3, 4], [record["loss"] for record in history]]
     assert series["train distillation"][1] == [record["kd"] for record in history]
     (miou,) = [points for label, points in series.items() if "mIoU" in label]
     assert miou[0] == series["val cross-entropy"][0] == [3, 4]
-    factor = miou[1][0] / history[2]["val_miou"]  # a share or percent
-    assert factor in (pytest.approx(1), pytest.approx(100))
-    assert miou[1][1] == pytest.approx(factor * history[3]["val_miou"])
+    assert miou[1] == [history[2]["val_miou"], history[3]["val_miou"]]
 
 
 def test_epoch_line():
@@ -166,9 +151,6 @@ def test_epoch_line():
     assert " | val" not in train.epoch_line(args, history[:-1])
 
 
-# ----------------------------------------------------------------------------------- how it trains
-
-
 def test_extra_images_join_every_batch_and_leave_the_steps_alone(
     tiny_voc, teacher_file, sample_root, tmp_path, monkeypatch
 ):
@@ -180,10 +162,8 @@ def test_extra_images_join_every_batch_and_leave_the_steps_alone(
         return compute(args, logits, features, labels, *rest)
 
     monkeypatch.setattr(train, "compute_losses", spy)
-    photos = sorted((sample_root / "JPEGImages").iterdir())[:5]
-    (tmp_path / "photos").mkdir()
-    for file in photos:
-        (tmp_path / "photos" / f"extra_{file.name}").write_bytes(file.read_bytes())
+    shutil.copytree(sample_root / "JPEGImages", tmp_path / "photos",
+                    ignore=lambda _, names: sorted(names)[:-5])  # fmt: skip
     for mode in MODES:
         batches[mode] = []
         flags = ["--kd_mode", mode, "--teacher", teacher_file, "--epochs", 1]
@@ -267,8 +247,7 @@ def test_average_of_the_weights_is_the_formula():
 
 def test_patience_stops_after_validations_without_a_better_miou(tiny_voc, tmp_path, monkeypatch):
     mious = iter([0.1, 0.3, 0.3, 0.2, 0.9])
-    record = {"val_loss": 1.0, "val_pixel_accuracy": 0.5, "val_seconds": 1.0}
-    monkeypatch.setattr(train, "validate", lambda *_: record | {"val_miou": next(mious)})
+    monkeypatch.setattr(train, "validate", lambda *_: {"val_loss": 1, "val_miou": next(mious)})
     flags = ["--patience", 2, "--epochs", 9, "--crop_size", 33, "--batch_size", 24]
     history = trained(tiny_voc, tmp_path, *flags)
     assert [record["val_miou"] for record in history] == [0.1, 0.3, 0.3, 0.2]
@@ -309,55 +288,34 @@ def test_init_starts_from_the_weights_of_a_checkpoint(teacher_file, tmp_path):
         train.build_model(args, None)
 
 
-# ------------------------------------------------------------------------------ flags and the lists
-
-
-def status_of(main, args, capsys):
-    """The exit status that a script ends with and its message, which must be one line."""
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("status, flags, word", [
+    *((2, flags, flags.split()[0]) for flags in (
+        "--epochs 0", "--epochs 1.5", "--batch_size 0", "--batch_size 25", "--lr nan", "--lr inf",
+        "--lr -1", "--weight_decay -1", "--seed -1", "--temperature 0", "--alpha -1", "--beta nan",
+        "--crop_size 32", "--eval_size 0", "--scale 2 1", "--scale 0 1", "--colour_jitter -1",
+        "--workers -1", "--val_every 0", "--patience -1", "--model vgg", "--kd_mode both",
+        "--kd_levels top", "--typo 1", "--class_balance x", "--device tpu", "--amp on",
+        "--extra_images voc", "--resume maybe",
+    )),
+    (2, "--kd_mode response --teacher resnet18", "resnet18"),
+    (2, "--train_split val", "--allow_val_in_train"),
+    (1, "--train_split absent", "absent.txt does not exist"),
+    (1, "--data_root /nowhere", "/nowhere"), (1, "--init absent.pth", "absent.pth"),
+    (1, "--kd_mode feature --extra_images /nowhere", "/nowhere"),
+    (1, "--kd_mode response --teacher absent.pth", "absent.pth"),
+    (1, "--kd_mode response --teacher fcn_resnet50 --teacher_weights absent", "absent"),
+])  # fmt: skip
+def test_bad_flags_and_missing_data_end_in_one_line(
+    status, flags, word, tiny_voc, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(signal, "signal", Mock())
     with pytest.raises(SystemExit) as stop:
-        voc_data.run(main, args())
-    signal.signal(signal.SIGTERM, before)
+        flags = flags_of(tiny_voc, tmp_path / "save", *flags.split())
+        voc_data.run(train.main, train.get_args_parser().parse_args(flags))
     error = capsys.readouterr().err
     assert "Traceback" not in error and error.count(": error: ") == 1
-    return stop.value.code, error.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("flags, word", [
-    ("--epochs 0", "--epochs"), ("--epochs 1.5", "--epochs"), ("--batch_size 0", "--batch_size"),
-    ("--batch_size 25", "--batch_size"), ("--lr nan", "--lr"), ("--lr inf", "--lr"),
-    ("--lr -1", "--lr"), ("--weight_decay -1", "--weight_decay"), ("--seed -1", "--seed"),
-    ("--temperature 0", "--temperature"), ("--alpha -1", "--alpha"), ("--beta nan", "--beta"),
-    ("--crop_size 32", "--crop_size"), ("--eval_size 0", "--eval_size"), ("--scale 2 1", "--scale"),
-    ("--scale 0 1", "--scale"), ("--colour_jitter -1", "--colour"), ("--workers -1", "--workers"),
-    ("--val_every 0", "--val_every"), ("--patience -1", "--patience"), ("--model vgg", "--model"),
-    ("--kd_mode both", "--kd_mode"), ("--kd_levels top", "--kd_levels"), ("--typo 1", "--typo"),
-    ("--class_balance x", "--class_balance"), ("--device tpu", "--device"), ("--amp on", "--amp"),
-    ("--kd_mode response --teacher resnet18", "resnet18"), ("--extra_images voc", "--extra_images"),
-    ("--train_split val", "--allow_val_in_train"),
-])  # fmt: skip
-def test_bad_flags_end_with_status_2_and_one_line(flags, word, tiny_voc, tmp_path, capsys):
-    args = lambda: parsed(tiny_voc, tmp_path / "save", *flags.split())  # noqa: E731
-    status, line = status_of(train.main, args, capsys)
-    assert status == 2 and word in line
+    assert stop.value.code == status and word in error.strip().splitlines()[-1]
     assert not (tmp_path / "save").exists()
-
-
-@pytest.mark.parametrize("flags, word", [
-    ("--train_split absent", "absent.txt does not exist"), ("--data_root /nowhere", "/nowhere"),
-    ("--kd_mode feature --extra_images /nowhere", "/nowhere"), ("--init absent.pth", "absent.pth"),
-    ("--kd_mode response --teacher absent.pth", "absent.pth"),
-    ("--kd_mode response --teacher fcn_resnet50 --teacher_weights absent", "absent"),
-])  # fmt: skip
-def test_missing_data_ends_with_status_1_and_one_line(flags, word, tiny_voc, tmp_path, capsys):
-    args = lambda: parsed(tiny_voc, tmp_path / "save", *flags.split())  # noqa: E731
-    status, line = status_of(train.main, args, capsys)
-    assert status == 1 and word in line
-
-
-def test_val_images_may_be_trained_on_where_that_is_asked_for(tiny_voc, tmp_path):
-    flags = ["--train_split", "val", "--allow_val_in_train", "--epochs", 1]
-    assert trained(tiny_voc, tmp_path, *flags)[0]["images"] == 8
 
 
 def test_older_results_are_replaced_only_where_that_is_asked_for(tiny_voc, tmp_path):
@@ -386,23 +344,18 @@ def commands():
 def test_lines_of_the_lists_parse(line):
     python, script, *flags = shlex.split(line)
     assert python == "python" and (ROOT / script).is_file()
-    modules = {"train.py": train, "test_pretrained_fcn.py": test_pretrained_fcn}
-    if script in (*modules, "test.py"):
-        module = modules.get(script) or load_test_script()
-        args = module.get_args_parser().parse_args(flags)
-        if script == "train.py":
-            train.check_flags(args)
+    modules = {"train.py": train, "test_pretrained_fcn.py": test_pretrained_fcn,
+               "test.py": load_test_script()}  # fmt: skip
+    args = modules[script].get_args_parser().parse_args(flags) if script in modules else None
+    if script == "train.py":
+        train.check_flags(args)
 
 
 def test_every_flag_of_train_is_named_in_the_lists_or_the_readme():
     files = ("train.txt", "test.txt", "sample.txt", "README.md")
     text = "\n".join((ROOT / name).read_text("utf-8") for name in files)
-    flags = [option for action in train.get_args_parser()._actions for option in
-             action.option_strings if option.startswith("--")]  # fmt: skip
-    assert not [flag for flag in flags if not re.search(rf"{flag}\b", text) and flag != "--help"]
-
-
-# ------------------------------------------------------------------------- files that do not fit
+    flags = {"--" + name for name in vars(train.get_args_parser().parse_args([]))}
+    assert not [flag for flag in sorted(flags) if not re.search(rf"{flag}\b", text)]
 
 
 class Malicious:
