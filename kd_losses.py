@@ -185,7 +185,7 @@ class Teacher:
         self.parameters = count_parameters(network)
         try:
             outputs = self(torch.zeros(2, 3, 64, 64, device=device))
-        except (RuntimeError, AssertionError) as error:  # exported for one size of images
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # one size alone
             raise DataError(f"the teacher {name} cannot run: {first_line(error)}") from error
         self.channels = {key: value.shape[1] for key, value in outputs.items()}
         if self.channels.get("out") != NUM_CLASSES:
@@ -204,15 +204,15 @@ class Teacher:
     def cached_maps(self, images, keys, cache_dir, source):
         """{key: ArrayFile of (C, h, w) float16} for the whole images of a VOCDataset.
 
-        Logits are averaged down to stride 8. `source`: what tells this teacher from others.
+        Logits are resized to stride 8. `source`: what tells this teacher from others.
         """
 
         def maps(key):
             for index in range(len(images)):
-                image = network_input(images[index], self.size, self.device)
-                value = self(image)[key]
+                value = self(network_input(images[index], self.size, self.device))[key]
                 if key == "out":
-                    value = F.adaptive_avg_pool2d(value, [-(-n // 8) for n in image.shape[-2:]])
+                    cells = [-(-side // 8) for side in value.shape[-2:]]
+                    value = F.interpolate(value, cells, mode="bilinear")  # as a live one is
                 yield value[0].half().cpu().numpy()
 
         arguments = cache_dir, images.items, np.float16, (self.name, self.size, source)

@@ -14,9 +14,11 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # before matplotlib: a notebook's may not exist in this Python
 import numpy as np
 import torch
 import torch.nn.functional as F

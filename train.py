@@ -17,6 +17,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # before matplotlib: a notebook's may not exist in this Python
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def get_args_parser():
     flag("--seed", type=at_least(0), default=0)
     flag("--temperature", type=at_least(0.01, float), default=1.0, help="T of response mode")
     flag("--alpha", type=real, default=1.0, help="weight of the cross-entropy")
-    flag("--beta", type=real, help="weight of the distillation (None: response 1, feature 5)")
+    flag("--beta", type=real, help="of the distillation (None: 1 for response, 5 for feature)")
     flag("--kd_levels", nargs="+", choices=("low", "mid", "high"), default=["high"])
     flag("--class_balance", type=real, default=0.5, metavar="P", help="power of class weights")
     flag("--teacher", default="fcn_resnet50", help="torchvision's name, a .pth or a .pt2 file")
@@ -88,7 +89,7 @@ def main(args):
     if args.kd_mode != "none":
         teacher = kd_losses.load_teacher(args.teacher, args.teacher_weights, device)
     loader = build_loader(args, train_images, teacher, device)
-    weights = kd_losses.class_weights(train_images.class_pixels(), args.class_balance)
+    weights = kd_losses.class_weights(train_images.class_pixels(), args.class_balance).to(device)
     torch.manual_seed(args.seed)  # one seed: the same start in all modes
     model = build_model(args, teacher).to(device, memory_format=torch.channels_last)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
@@ -97,8 +98,8 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
     history = state["history"] if state else []
-    for name, part in parts.items() if history else ():
-        part.load_state_dict(state[name])
+    for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
+        parts[name].load_state_dict(state[name])
     network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     if RANK == 0:
         start_run(args, settings, history)
@@ -106,9 +107,8 @@ def main(args):
     try:
         while len(history) < args.epochs and not out_of_patience(args, history):
             epoch = len(history)
-            record = train_one_epoch(
-                args, epoch, network, loader, teacher, weights.to(device), optimizer, scaler, ema
-            )
+            arguments = args, epoch, network, loader, teacher, weights, optimizer, scaler, ema
+            record = train_one_epoch(*arguments)
             if (epoch + 1) % args.val_every == 0 or epoch + 1 == args.epochs:
                 record |= validate(args, ema.network, val_images, device)
             history.append(record)
@@ -119,7 +119,7 @@ def main(args):
     except (KeyboardInterrupt, SystemExit):
         print(f"\nstopped in epoch {len(history) + 1}: the same command goes on from there")
         raise
-    if RANK == 0:
+    if RANK == 0 and best_epoch(history):
         write_summary(args, history, settings)
         print(report(history, settings).partition("\n\nSettings")[0])
     if WORLD_SIZE > 1:
@@ -230,7 +230,7 @@ def check_flags(args):
 
 def init_processes(args):
     """The device of this process, which joins the others if torchrun started several."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device != "cpu":
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
         wait, attempt = timedelta(hours=2), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

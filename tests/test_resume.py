@@ -23,7 +23,7 @@ from test_training import teacher_file  # noqa: F401  (a fixture)
 from voc_data import DataError
 
 LIMIT = 100  # seconds
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://nowhere.backend",
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
                "PYTHONPATH": str(ROOT)}  # fmt: skip
 CHILD = """
 import multiprocessing, os, runpy, sys
@@ -170,7 +170,8 @@ def one_epoch(args, epoch, network, *rest):
     record = one_epoch.original(args, epoch, network, *rest)
     if (epoch, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, "1", "0"):
         os.kill(os.getpid(), signal.SIGKILL)
-    states = [network.state_dict(), rest[-1].network.state_dict()]
+    seen = [index for batch in rest[0].batch_sampler for index, _ in batch]
+    states = [network.state_dict(), rest[-1].network.state_dict(), seen]
     torch.save(states, f"rank{os.environ['RANK']}.pt")
     return record
 
@@ -195,6 +196,7 @@ def test_two_processes_validate_exactly_and_restart_after_a_kill(voc, teacher_fi
     assert epochs_of(tmp_path / "save", "feature") == (2, 2)
     assert (tmp_path / "save/training_curves_ultracompact_feature.png").is_file()
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not set(one.pop()) & set(other.pop())  # the images
     assert differences(one, other) == []
     state = torch.load(tmp_path / "save/last_ultracompact_feature.pth", weights_only=True)
     assert differences(state["ema"], one[1]) == []

@@ -166,7 +166,7 @@ def test_extra_images_join_every_batch_and_leave_the_steps_alone(
                     ignore=lambda _, names: sorted(names)[:-5])  # fmt: skip
     for mode in MODES:
         batches[mode] = []
-        flags = ["--kd_mode", mode, "--teacher", teacher_file, "--epochs", 1]
+        flags = ["--kd_mode", mode, "--teacher", teacher_file, "--epochs", 1, "--crop_size", 33]
         flags += ["--extra_images", tmp_path / "photos"] if mode != "none" else []
         (record,) = trained(tiny_voc, tmp_path / "save", *flags)
         assert record["images"] == 24
