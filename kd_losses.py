@@ -176,7 +176,7 @@ class Teacher:
     Args:
         network: maps (N, 3, H, W) normalised images to a dict of logits "out" (N, 21, H, W) and, at
             strides 4, 8 and 16 or less, features. A network without them serves response mode.
-        size: longest side of the whole images that it is shown, in px.
+        size: longest side of its input in px, when it sees whole images.
     """
 
     def __init__(self, network, name, size, device):
@@ -216,7 +216,7 @@ class Teacher:
                 yield value[0].half().cpu().numpy()
 
         arguments = cache_dir, images.items, np.float16, (self.name, self.size, source)
-        return {key: cached_arrays(f"teacher-{key}", *arguments, maps, key) for key in keys}
+        return {key: cached_arrays(f"teacher-{key}", *arguments, maps(key)) for key in keys}
 
 
 class StudentAsTeacher(nn.Module):

@@ -53,8 +53,7 @@ def main(args):
     students = load_students(args, device)
     output = args.output_dir or Path("report", args.checkpoint[0].stem if args.checkpoint else "")
     if args.image:
-        overlay_images(args.image, students, device, output)
-        return
+        return overlay_images(args.image, students, device, output)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.val_split)
     images = voc_data.VOCDataset(items)
     rows, image_ious, speeds = [], [], {}
@@ -75,7 +74,7 @@ def main(args):
 # ---------------------------------------------------------------------------------------- measuring
 
 class Tested:
-    """A student and what its checkpoint says of it."""
+    """A student with the settings of its checkpoint."""
 
     def __init__(self, file, eval_size, device):
         network, checkpoint = load_student(file)
@@ -102,6 +101,8 @@ def load_students(args, device):
     for student in chosen:
         several = sum(other.name == student.name for other in chosen) > 1
         student.label = f"{student.name} seed {student.seed}" if several else student.name
+    if len({student.label for student in chosen}) < len(chosen):
+        raise UsageError("two checkpoints have one model, kd_mode and seed: test them one by one")
     return chosen
 
 

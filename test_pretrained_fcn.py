@@ -3,7 +3,7 @@
     python test_pretrained_fcn.py
     python test_pretrained_fcn.py --teacher deeplabv3_resnet50     another torchvision network
 
-Measured as the students are, by the same `evaluate`; leaves its row for the table of test.py.
+Measured as the students are, by the same `evaluate`; writes its row for the table of test.py.
 torchvision reports 60.5 % mIoU for these weights, but on another test, COCO val2017 with VOC's
 classes: https://docs.pytorch.org/vision/stable/models.html
 """
@@ -53,7 +53,7 @@ def main(args):
         "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy, "loss": loss,
         "score": score(matrix.miou, teacher.parameters),
         "parameters": teacher.parameters,
-        **voc_data.measure_speed(network, device, size), "speed_size": size,
+        **voc_data.measure_speed(network, device, size),
         "iou": {c: None if iou != iou else iou for c, iou in zip(CLASSES, matrix.iou.tolist())},
     }  # fmt: skip
     file = args.output_dir / f"teacher_{teacher.name.replace('.', '_')}.json"

@@ -98,8 +98,9 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
     history = state["history"] if state else []
-    for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
-        parts[name].load_state_dict(state[name])
+    if history:
+        for name in [name for name in parts if state[name]]:  # that of an unused scaler is empty
+            parts[name].load_state_dict(state[name])
     network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     if RANK == 0:
         start_run(args, settings, history)
@@ -129,7 +130,7 @@ def main(args):
 # ---------------------------------------------------------------------------- one epoch, the losses
 
 def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, scaler, ema):
-    """One pass over the labelled images; returns a line of the history, means of the losses."""
+    """One pass over the labelled images; returns a line of the history with the mean losses."""
     start, device, half = time.perf_counter(), weights.device, amp_dtype(args, weights.device)
     torch.manual_seed(args.seed * 1_000_003 + epoch * 1_009 + RANK)  # of dropout
     loader.batch_sampler.epoch = epoch
@@ -144,10 +145,10 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         images = voc_data.normalise(batch["image"], batch["jitter"])  # (N, 3, H, W)
         images = images.contiguous(memory_format=torch.channels_last)
-        taught = teacher(images) if teacher and args.cache_dir is None else batch
+        targets = teacher(images) if teacher and args.cache_dir is None else batch
         with torch.autocast(device.type, half, enabled=half is not None):
             logits, features = network(images)  # (N, 21, H/4, W/4), {level: (N, C, h, w)}
-        losses = compute_losses(args, logits, features, batch["mask"], taught, weights)
+        losses = compute_losses(args, logits, features, batch["mask"], targets, weights)
         optimizer.zero_grad()
         scaler.scale(losses["loss"]).backward()
         scaler.step(optimizer)
@@ -169,21 +170,21 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
             "seconds": seconds}  # fmt: skip
 
 
-def compute_losses(args, logits, features, labels, taught, weights):
+def compute_losses(args, logits, features, labels, targets, weights):
     """The criterion of the mode, {"loss", "ce", "kd"}: float32 scalars.
 
     Args:
         logits: (N, 21, h, w), at the student's own stride 4. features: {level: (N, C, h, w)},
             adapted. labels: (N, H, W) uint8. weights: (21,), of the classes.
-        taught: of the teacher, "out" in response mode, features in feature mode.
+        targets: the teacher's "out" in response mode, its features in feature mode.
     """
     ce = kd_losses.cross_entropy(logits, labels, weights)
     kd = torch.zeros_like(ce)
     if args.kd_mode == "response":
-        outputs = logits, taught["out"]
+        outputs = logits, targets["out"]
         kd = kd_losses.response_based_kd_loss(*outputs, labels, weights, args.temperature)
     elif args.kd_mode == "feature":
-        kd = kd_losses.feature_based_kd_loss(features, taught, labels)
+        kd = kd_losses.feature_based_kd_loss(features, targets, labels)
     return {"loss": args.alpha * ce + args.beta * kd, "ce": ce, "kd": kd}
 
 
@@ -236,7 +237,7 @@ def init_processes(args):
         wait, attempt = timedelta(hours=2), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # A restart by torchrun must not find the addresses of processes that have died.
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
-        dist.init_process_group(None, None, wait, WORLD_SIZE, RANK, store)
+        dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE, timeout=wait)
     return voc_data.choose_device(args.device)
 
 
@@ -331,7 +332,8 @@ class EMA:
 
 # ---------------------------------------------------------------------------------- resume and save
 
-FREE = "resume overwrite device workers save_dir data_root cache_dir epochs patience"  # on a resume
+MAY_CHANGE = {"resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir",
+              "epochs", "patience"}  # on a resume  # fmt: skip
 
 
 def run_file(args, kind):
@@ -340,7 +342,7 @@ def run_file(args, kind):
 
 
 def run_settings(args, train_images, val_images):
-    """The flags as plain values, paths by their last part, and what they come to."""
+    """The flags as plain values, paths by their last part, numbers of images and parameters."""
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings["extra_images"] = [folder.name for folder in args.extra_images]
     settings["teacher"] = Path(args.teacher).name if args.kd_mode != "none" else None
@@ -359,7 +361,7 @@ def load_last(args, settings):
         if not isinstance(state, dict) or "history" not in state or "settings" not in state:
             raise DataError(f"{last} is no last_*.pth of this version of train.py: move it away")
         before = state["settings"]
-        changed = [name for name in sorted((settings.keys() | before.keys()) - set(FREE.split()))
+        changed = [name for name in sorted((settings.keys() | before.keys()) - MAY_CHANGE)
                    if settings.get(name) != before.get(name)]  # fmt: skip
         if changed and state["history"]:
             was = ", ".join(f"{name} {before.get(name)}" for name in changed)
@@ -397,10 +399,8 @@ def out_of_patience(args, history):
 
 
 def save_epoch(args, state):
-    """Write what an epoch leaves: the best weights, then the state, then what is derived from it.
-
-    A run killed before the state is written repeats the epoch, and writes the same again.
-    """
+    """Write the best weights, the state, and what is derived from it, in this order: a run that is
+    killed before the state is written repeats the epoch, and writes the same again."""
     history, settings = state["history"], state["settings"]
     if best_epoch(history) is history[-1]:
         best = {name: settings[name] for name in ("model", "kd_mode", "eval_size", "parameters")}
@@ -417,7 +417,7 @@ def write_history(args, history):
     atomic_save(run_file(args, "history"), "".join(json.dumps(r) + "\n" for r in history))
 
 
-# --------------------------------------------------------------------------------- what people read
+# -------------------------------------------------------------------------------- report and curves
 
 def epoch_line(args, history):
     """The line that is printed after an epoch."""

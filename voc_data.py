@@ -151,7 +151,7 @@ def find_voc(data_root=None):
 
 
 def download_voc(folder):
-    """Download VOC 2012 train/val by torchvision, md5-checked; unpacked whole or not at all."""
+    """Download VOC 2012 train/val by torchvision, md5-checked; it appears when it is complete."""
     voc, unpacked = DATASET_YEAR_DICT["2012"], folder / ".incomplete"
     print(f"VOC 2012 was not found: downloading {voc['url']} into {folder}")
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -286,8 +286,8 @@ class ArrayFile:
         return np.memmap(self.file, self.dtype, "c", start, shape)
 
 
-def cached_arrays(kind, cache_dir, items, dtype, settings, arrays, *args):
-    """An ArrayFile of what `arrays(*args)` yields, written if it is not there yet. Its folder,
+def cached_arrays(kind, cache_dir, items, dtype, settings, arrays):
+    """An ArrayFile of the `arrays`, iterated over and written if it is not there yet. Its folder,
     named for files (paths, sizes, dates) and settings, appears when it is complete."""
     digest = hashlib.sha256(repr(settings).encode())
     for file in [file for item in items for file in (item.image, item.mask) if file]:
@@ -298,7 +298,7 @@ def cached_arrays(kind, cache_dir, items, dtype, settings, arrays, *args):
         if not folder.is_dir():
             temporary.mkdir(parents=True, exist_ok=True)
             with open(temporary / "values.bin", "wb") as file:
-                for array in tqdm(arrays(*args), kind, len(items), leave=False, disable=None):
+                for array in tqdm(arrays, kind, len(items), leave=False, disable=None):
                     file.write(np.ascontiguousarray(array, dtype).data)
                     shapes.append(array.shape)
             np.save(temporary / "shapes.npy", shapes)
@@ -318,8 +318,8 @@ class VOCDataset(Dataset):
     def __init__(self, items, cache_dir=None, workers=0):
         self.items, self.cache = items, None
         if cache_dir:
-            source = cache_dir, items, np.uint8, None
-            self.cache = cached_arrays("images", *source, make_loader, self, workers)
+            decoded = make_loader(self, workers)
+            self.cache = cached_arrays("images", cache_dir, items, np.uint8, None, decoded)
 
     def __len__(self):
         return len(self.items)
@@ -331,7 +331,8 @@ class VOCDataset(Dataset):
         """Pixels per class, (21,) int64, in every fourth row of the masks."""
         counts = np.zeros(256, dtype=np.int64)
         for index in [i for i, item in enumerate(self.items) if item.mask]:
-            counts += np.bincount(self[index][::4, :, 3].ravel(), minlength=256)
+            mask = self.cache[index][..., 3] if self.cache else read_mask(self.items[index].mask)
+            counts += np.bincount(mask[::4].ravel(), minlength=256)
         return check_classes(torch.from_numpy(counts[:NUM_CLASSES]))
 
 
@@ -384,8 +385,7 @@ def random_crop(pixels, maps, seen, size, longest, scale, generator):
     target = (..., *(slice(out, out + reach) for _, _, out, reach in windows))
     reach = [reach for *_, reach in windows]
     window = pixels[source][None]
-    image = torch.tensor(IMAGENET_MEAN).mul(255).round().to(torch.uint8).view(3, 1, 1)
-    image = image.repeat(1, size, size)
+    image = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
     image[target] = F.interpolate(window[:, :3], reach, mode="bilinear", antialias=True)
     mask = torch.full((size, size), VOID, dtype=torch.uint8)
     mask[target] = F.interpolate(window[:, 3:], reach, mode="nearest-exact")

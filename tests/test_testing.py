@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import kd_losses
 import test_pretrained_fcn as fcn_script

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 from urllib.error import URLError
