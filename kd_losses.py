@@ -22,6 +22,7 @@ The adapters A_l are 1x1 convolutions from the student's channels to the teacher
 with the student, and neither counted nor saved with its weights.
 """
 
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -40,7 +41,7 @@ from voc_data import (
     NUM_CLASSES, STRIDES, UNLABELLED, VOID, DataError, UsageError, cached_arrays, network_input,
 )  # fmt: skip
 
-KD_MODES = ("none", "response", "feature")
+KD_MODES, LEVELS = ("none", "response", "feature"), ("low", "mid", "high")
 STUDENTS = {"ultracompact": UltraCompactSegmentationModel, "standard": StandardSegmentationModel}
 TEACHER_SIZE = 513  # px, longest side at which networks trained on VOC do best
 
@@ -71,9 +72,8 @@ def cross_entropy(logits, labels, weights):
     labels = labels_at(labels, logits.shape[-2:]).long()
     labelled = labels < UNLABELLED
     labels = labels.where(labelled, 0)
-    return weighted_mean(
-        F.cross_entropy(logits.float(), labels, reduction="none"), weights[labels] * labelled
-    )
+    loss = F.cross_entropy(logits.float(), labels, reduction="none")
+    return weighted_mean(loss, weights[labels] * labelled)
 
 
 def response_based_kd_loss(student_logits, teacher_logits, labels, weights, temperature=1.0):
@@ -114,9 +114,8 @@ def feature_based_kd_loss(student_features, teacher_features, labels):
 
 def make_adapters(student_channels, teacher_channels, levels):
     """The 1x1 convolutions A_l, by level, from {level: channels} of both networks."""
-    return nn.ModuleDict(
-        {level: nn.Conv2d(student_channels[level], teacher_channels[level], 1) for level in levels}
-    )
+    adapters = {l: nn.Conv2d(student_channels[l], teacher_channels[l], 1) for l in levels}
+    return nn.ModuleDict(adapters)
 
 
 # -------------------------------------------------------------------------- checkpoints of students
@@ -125,12 +124,10 @@ def read_checkpoint(file):
     """What torch.save wrote to a file; code in it is never run. DataError where it is broken."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist") from error
     except pickle.UnpicklingError as error:
         raise DataError(f"{file} holds no plain weights (code in it is not run)") from error
     except Exception as error:  # torch.load raises many kinds for a broken file
-        raise DataError(f"{file} cannot be read ({first_line(error)}): is it truncated?") from error
+        raise DataError(f"{file} cannot be read ({first_line(error)}): is it whole?") from error
 
 
 def count_parameters(network):
@@ -151,9 +148,10 @@ def load_weights(network, state, file):
         raise DataError(f"{file} holds no state dict")
     shapes, found = ({k: v.shape for k, v in s.items()} for s in (network.state_dict(), state))
     wrong = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))
+    wrong += [key for key, tensor in state.items() if not tensor.isfinite().all()]
     if wrong:
         raise DataError(f"{file} does not fit {type(network).__name__}: {len(wrong)} tensors are "
-                        f"missing, unexpected or of another shape, {wrong[0]} first")  # fmt: skip
+                        f"missing, unexpected, misshapen or NaN, {wrong[0]} first")  # fmt: skip
     network.load_state_dict(state)
 
 
@@ -181,8 +179,8 @@ class Teacher:
 
     def __init__(self, network, name, size, device):
         self.network, self.name, self.size, self.device = network, name, size, device
-        network.requires_grad_(False)
-        self.parameters = count_parameters(network)
+        network.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.parameters, self.steps = count_parameters(network), {}
         try:
             outputs = self(torch.zeros(2, 3, 64, 64, device=device))
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # one size alone
@@ -190,14 +188,17 @@ class Teacher:
         self.channels = {key: value.shape[1] for key, value in outputs.items()}
         if self.channels.get("out") != NUM_CLASSES:
             raise DataError(f"the teacher {name} does not return {NUM_CLASSES} classes as 'out'")
+        for key in outputs.keys() & {*LEVELS}:
+            stride = 2 ** round(math.log2(64 / outputs[key].shape[-1]))  # padding may add a value
+            self.steps[key], rest = divmod(STRIDES[key], stride)
+            if rest:
+                raise DataError(f"the teacher {name} has stride {stride} at '{key}': too large")
 
     @torch.no_grad()
     def __call__(self, images):
         """Features are thinned out to the student's strides: every second value of stride 8."""
-        with torch.autocast(images.device.type, enabled=False):  # exported programs are float32
-            outputs = dict(self.network(images))
-        for key in outputs.keys() & {"low", "mid", "high"}:
-            step = max(1, round(STRIDES[key] * outputs[key].shape[-1] / images.shape[-1]))
+        outputs = dict(self.network(images))
+        for key, step in self.steps.items():
             outputs[key] = outputs[key][..., ::step, ::step]
         return outputs
 
@@ -235,14 +236,15 @@ def load_teacher(name, weights_file, device):
 
     Raises UsageError for an unknown name, DataError for a file that is missing or does not fit.
     """
+    if weights_file and name.endswith((".pth", ".pt2")):
+        raise UsageError(f"--teacher {name} has its own weights: leave --teacher_weights out")
     if name.endswith(".pth"):
         student, checkpoint = load_student(name)
         network = StudentAsTeacher(student).eval().to(device)
-        return Teacher(network, Path(name).name, checkpoint["eval_size"] or TEACHER_SIZE, device)
+        return Teacher(network, Path(name).name, checkpoint.get("eval_size", TEACHER_SIZE), device)
     if name.endswith(".pt2"):
         return Teacher(load_exported(name, device), Path(name).name, TEACHER_SIZE, device)
-    if name not in models.list_models(models.segmentation):
-        known = ", ".join(models.list_models(models.segmentation))
+    if name not in (known := models.list_models(models.segmentation)):
         raise UsageError(f"--teacher {name} is no .pth or .pt2 file and none of {known}")
     if weights_file:
         network = models.get_model(name, weights_backbone=None)
@@ -250,22 +252,20 @@ def load_teacher(name, weights_file, device):
         for key in ("model", "state_dict"):
             state = state.get(key, state) if isinstance(state, dict) else state
         if isinstance(state, dict):
-            names = {key: str(key).removeprefix("module.") for key in state}
-            state = {names[k]: v for k, v in state.items() if not names[k].startswith("aux_")}
+            state = {str(key).removeprefix("module."): value for key, value in state.items()}
+            state = {key: state[key] for key in state if not key.startswith("aux_")}
         load_weights(network, state, weights_file)
     else:
         weights = models.get_model_weights(name).COCO_WITH_VOC_LABELS_V1
         try:
             network = models.get_model(name, weights=weights)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise DataError(
-                f"no weights of {name} in {torch.hub.get_dir()}/checkpoints ({first_line(error)}): "
-                f"delete a damaged file there, or download {weights.url} and name it with "
-                "--teacher_weights"
-            ) from error
+            raise DataError(f"no weights of {name} in {torch.hub.get_dir()} ({first_line(error)}): "
+                            f"delete a damaged file there, or download {weights.url} and name it "
+                            "with --teacher_weights") from error  # fmt: skip
     network.eval().aux_classifier = None  # used in training only
     layers = ("layer1", "layer2", "layer4") if "layer4" in network.backbone else ("3", "6", "16")
-    nodes = {f"backbone.{layer}": level for layer, level in zip(layers, ("low", "mid", "high"))}
+    nodes = dict(zip([f"backbone.{layer}" for layer in layers], LEVELS))
     nodes[get_graph_node_names(network)[1][-1]] = "out"
     return Teacher(create_feature_extractor(network, nodes).to(device), name, TEACHER_SIZE, device)
 

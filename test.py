@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 import voc_data
 from kd_losses import KD_MODES, STUDENTS, count_parameters, load_student, score
-from voc_data import CLASSES, NUM_CLASSES, VOID, DataError, UsageError, at_least, atomic_save, path
+from voc_data import CLASSES, NUM_CLASSES, VOID, DataError, UsageError, atomic_save, in_range, path
 
 
 def get_args_parser():
@@ -39,10 +39,10 @@ def get_args_parser():
     flag("--checkpoint", type=path, nargs="+", metavar="FILE", help="default: all in --save_dir")
     flag("--save_dir", type=path, default="checkpoints", help="where train.py wrote them")
     voc_data.add_data_flags(flag)
-    flag("--eval_size", type=at_least(0), help="longest side of the images in px, 0 for their own "
+    flag("--eval_size", type=in_range(0), help="longest side of the images in px, 0 for their own "
          "(default: that of the training's validation)")  # fmt: skip
     flag("--visualize", action="store_true", help="write overlays")
-    flag("--num_vis", type=at_least(2), default=8, help="images in a sheet: best and worst")
+    flag("--num_vis", type=in_range(2), default=8, help="images in a sheet: best and worst")
     flag("--image", type=path, nargs="+", metavar="FILE", help="overlays of these, no measuring")
     flag("--output_dir", type=path, help="default: report, or report/NAME for one --checkpoint")
     return parser

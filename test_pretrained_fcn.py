@@ -10,21 +10,22 @@ classes: https://docs.pytorch.org/vision/stable/models.html
 
 import argparse
 import json
+import os
 
 from torch import nn
 
 import voc_data
 from kd_losses import load_teacher, score
-from voc_data import CLASSES, at_least, path
+from voc_data import CLASSES, in_range, path
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flag = parser.add_argument
-    flag("--teacher", default="fcn_resnet50", help="as in train.py")
+    flag("--teacher", type=os.path.expanduser, default="fcn_resnet50", help="as in train.py")
     flag("--teacher_weights", type=path, metavar="FILE", help="weights of --teacher on disk")
     voc_data.add_data_flags(flag)
-    flag("--eval_size", type=at_least(0), default=0, help="longest side in px; 0: images' own")
+    flag("--eval_size", type=in_range(0), default=0, help="longest side in px; 0: images' own")
     flag("--output_dir", type=path, default="report", help="where its row goes")
     return parser
 

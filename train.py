@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import kd_losses
 import voc_data
-from voc_data import DataError, UsageError, at_least, atomic_save, path
+from voc_data import DataError, UsageError, atomic_save, in_range, path
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # all three are set by torchrun
@@ -39,20 +39,20 @@ BACKBONE_LR = 0.3  # of a pretrained backbone, times --lr
 def get_args_parser():
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=defaults)
-    flag, count, real = parser.add_argument, at_least(1), at_least(0, float)
+    flag, count, real = parser.add_argument, in_range(1), in_range(0, kind=float)
     flag("--model", choices=kd_losses.STUDENTS, default="ultracompact")
     flag("--kd_mode", choices=kd_losses.KD_MODES, default="none")
     flag("--epochs", type=count, default=200, help="passes over the labelled images")
     flag("--batch_size", type=count, default=16, help="labelled images per step and process")
     flag("--lr", type=real, default=3e-3, help="highest learning rate")
     flag("--weight_decay", type=real, default=0.01, help="of weights, not of norms and biases")
-    flag("--seed", type=at_least(0), default=0)
-    flag("--temperature", type=at_least(0.01, float), default=1.0, help="T of response mode")
+    flag("--seed", type=in_range(0), default=0)
+    flag("--temperature", type=in_range(0.01, kind=float), default=1.0, help="T of response mode")
     flag("--alpha", type=real, default=1.0, help="weight of the cross-entropy")
     flag("--beta", type=real, help="of the distillation (None: 1 for response, 5 for feature)")
-    flag("--kd_levels", nargs="+", choices=("low", "mid", "high"), default=["high"])
+    flag("--kd_levels", nargs="+", choices=kd_losses.LEVELS, default=["high"])
     flag("--class_balance", type=real, default=0.5, metavar="P", help="power of class weights")
-    flag("--teacher", default="fcn_resnet50", help="torchvision's name, a .pth or a .pt2 file")
+    flag("--teacher", type=os.path.expanduser, default="fcn_resnet50", help="or a .pth, .pt2 file")
     flag("--teacher_weights", type=path, metavar="FILE", help="weights of --teacher on disk")
     flag("--extra_images", type=path, nargs="+", default=[], metavar="DIR", help="unlabelled "
          "images for distillation; 'voc': those of the VOC tree in neither list")  # fmt: skip
@@ -60,11 +60,11 @@ def get_args_parser():
     voc_data.add_data_flags(flag)
     flag("--allow_val_in_train", action="store_true", help="train on images of the val list")
     flag("--cache_dir", type=path, default="cache", help="'none': no cache, a live teacher")
-    flag("--crop_size", type=at_least(33), default=256, help="side of a training crop in px")
-    flag("--eval_size", type=at_least(33), default=320, help="longest side in validation in px")
-    flag("--scale", type=at_least(0.01, float), nargs=2, default=[0.7, 2.0],
+    flag("--crop_size", type=in_range(33), default=256, help="side of a training crop in px")
+    flag("--eval_size", type=in_range(33), default=320, help="longest side in validation in px")
+    flag("--scale", type=in_range(0.01, kind=float), nargs=2, default=[0.7, 2.0],
          help="random scale of training images, longest side over --eval_size")  # fmt: skip
-    flag("--colour_jitter", type=real, default=0.3, help="strength, 0..1")
+    flag("--colour_jitter", type=in_range(0, 1, float), default=0.3, help="strength, 0..1")
     flag("--no_pretrained", action="store_true", help="start from random weights")
     flag("--init", type=path, metavar="FILE", help="start from the weights of a checkpoint")
     flag("--amp", choices=("auto", "off"), default="auto", help="mixed precision on CUDA")
@@ -72,7 +72,7 @@ def get_args_parser():
     flag("--resume", choices=("auto", "none"), default="auto", help="auto: from last_*.pth")
     flag("--overwrite", action="store_true", help="a fresh start may replace older results")
     flag("--val_every", type=count, default=1, help="epochs between validations")
-    flag("--patience", type=at_least(0), default=0, help="validations without a better mIoU "
+    flag("--patience", type=in_range(0), default=0, help="validations without a better mIoU "
          "after which to stop; 0: never")  # fmt: skip
     return parser
 
@@ -98,10 +98,10 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
     history = state["history"] if state else []
-    if history:
-        for name in [name for name in parts if state[name]]:  # that of an unused scaler is empty
-            parts[name].load_state_dict(state[name])
-    network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+    for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
+        parts[name].load_state_dict(state[name])
+    network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    network.broadcast_buffers = False  # BatchNorm statistics stay local
     if RANK == 0:
         start_run(args, settings, history)
 
@@ -118,7 +118,8 @@ def main(args):
                 save_epoch(args, state | {"history": history, "settings": settings})
                 print(epoch_line(args, history), flush=True)
     except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped in epoch {len(history) + 1}: the same command goes on from there")
+        if RANK == 0:
+            print(f"\nstopped in epoch {len(history) + 1}: with --resume auto it goes on there")
         raise
     if RANK == 0 and best_epoch(history):
         write_summary(args, history, settings)
@@ -145,8 +146,8 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         images = voc_data.normalise(batch["image"], batch["jitter"])  # (N, 3, H, W)
         images = images.contiguous(memory_format=torch.channels_last)
-        targets = teacher(images) if teacher and args.cache_dir is None else batch
         with torch.autocast(device.type, half, enabled=half is not None):
+            targets = teacher(images) if teacher and args.cache_dir is None else batch
             logits, features = network(images)  # (N, 21, H/4, W/4), {level: (N, C, h, w)}
         losses = compute_losses(args, logits, features, batch["mask"], targets, weights)
         optimizer.zero_grad()
@@ -164,10 +165,9 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
     if dist.is_initialized():
         average_over_ranks([totals, *network.buffers(), *ema.network.buffers()])
     loss, ce, kd = (totals / len(loader)).tolist()
-    images = len(loader) * args.batch_size * WORLD_SIZE
-    seconds, lr = time.perf_counter() - start, optimizer.param_groups[-1]["lr"]
-    return {"epoch": epoch + 1, "loss": loss, "ce": ce, "kd": kd, "lr": lr, "images": images,
-            "seconds": seconds}  # fmt: skip
+    return {"epoch": epoch + 1, "loss": loss, "ce": ce, "kd": kd,
+            "lr": optimizer.param_groups[-1]["lr"], "seconds": time.perf_counter() - start,
+            "images": len(loader) * args.batch_size * WORLD_SIZE}  # fmt: skip
 
 
 def compute_losses(args, logits, features, labels, targets, weights):
@@ -345,12 +345,12 @@ def run_settings(args, train_images, val_images):
     """The flags as plain values, paths by their last part, numbers of images and parameters."""
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings["extra_images"] = [folder.name for folder in args.extra_images]
-    settings["teacher"] = Path(args.teacher).name if args.kd_mode != "none" else None
+    teacher = f"{Path(args.teacher).name}, {'cached' if args.cache_dir else 'live'}"
+    settings["teacher"] = teacher if args.kd_mode != "none" else None
     settings["labelled_images"] = sum(item.mask is not None for item in train_images.items)
     settings["unlabelled_images"] = len(train_images) - settings["labelled_images"]
-    settings |= {"val_images": len(val_images), "processes": WORLD_SIZE}
-    student = kd_losses.STUDENTS[args.model](pretrained=False)
-    return settings | {"parameters": kd_losses.count_parameters(student)}
+    count = kd_losses.count_parameters(kd_losses.STUDENTS[args.model](pretrained=False))
+    return settings | {"val_images": len(val_images), "processes": WORLD_SIZE, "parameters": count}
 
 
 def load_last(args, settings):
@@ -358,9 +358,11 @@ def load_last(args, settings):
     last, best = run_file(args, "last"), run_file(args, "best_model")
     if args.resume == "auto" and last.exists():
         state = kd_losses.read_checkpoint(last)
-        if not isinstance(state, dict) or "history" not in state or "settings" not in state:
+        before = state.get("settings") if isinstance(state, dict) else None
+        if not isinstance(before, dict) or "history" not in state:
             raise DataError(f"{last} is no last_*.pth of this version of train.py: move it away")
-        before = state["settings"]
+        if len(state["history"]) > args.epochs:
+            raise UsageError(f"{last} has {len(state['history'])} epochs, more than --epochs")
         changed = [name for name in sorted((settings.keys() | before.keys()) - MAY_CHANGE)
                    if settings.get(name) != before.get(name)]  # fmt: skip
         if changed and state["history"]:
@@ -409,7 +411,7 @@ def save_epoch(args, state):
         atomic_save(run_file(args, "best_model"), lambda file: torch.save(best, file))
     atomic_save(run_file(args, "last"), lambda file: torch.save(state, file))
     write_history(args, history)
-    if len(history) % 10 == 0:
+    if len(history) % 10 == 0 and best_epoch(history):
         write_summary(args, history, settings)
 
 
@@ -460,9 +462,7 @@ def curves(history):
 
 
 def write_summary(args, history, settings):
-    """Write the report and the curves, once there is a validation."""
-    if best_epoch(history) is None:
-        return
+    """Write the report and the curves of a history with a validation."""
     atomic_save(run_file(args, "training_report"), report(history, settings))
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)

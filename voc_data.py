@@ -79,12 +79,12 @@ def path(text):
     return Path(text).expanduser()  # an argparse type: ~ works in --flag=~/folder too
 
 
-def at_least(minimum, kind=int):
-    """argparse type: a finite number from `minimum` up."""
+def in_range(low, high=1e9, kind=int):
+    """argparse type: a number from `low` to `high`."""
 
     def number(text):
-        if not minimum <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be in {low}..{high:g}, not {text}")
         return kind(text)
 
     return number
@@ -94,7 +94,7 @@ def add_data_flags(flag):
     """Add, by `flag = parser.add_argument`, what all scripts share."""
     flag("--data_root", type=path, help="VOC 2012, or 'sample' (default: found or downloaded)")
     flag("--val_split", default="val", help="list in ImageSets/Segmentation")
-    flag("--workers", type=at_least(0), default=min(4, os.cpu_count() or 1))
+    flag("--workers", type=in_range(0), default=min(4, os.cpu_count() or 1))
     flag("--device", help="cuda, mps or cpu (default: the best there is)")
 
 
@@ -171,13 +171,11 @@ def image_id(name):
 
 
 def image_files(folder, pattern="*"):
-    """{id: image file} of a folder, .jpg before .png, without the hidden copies of a Mac."""
-    files = {}
-    for file in sorted(folder.glob(pattern), reverse=True):
-        hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-            files[image_id(file.name)] = file
-    return files
+    """[(id, image file)] of a folder, .png before .jpg, without the hidden copies of a Mac."""
+    files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGE_SUFFIXES]
+    hidden = re.compile(r"(^|[/\\])(\.|__)")
+    files = [file for file in files if not hidden.search(str(file.relative_to(folder)))]
+    return [(image_id(file.name), file) for file in sorted(files, reverse=True)]
 
 
 def read_split(root, split, known=()):
@@ -202,7 +200,7 @@ def read_split(root, split, known=()):
 
 def list_items(root, split):
     """The items of a split; DataError where an image or a mask is missing."""
-    images, masks = image_files(root / "JPEGImages"), {}
+    images, masks = dict(image_files(root / "JPEGImages")), {}
     for name in reversed(MASK_FOLDERS):
         masks |= image_files(root / name, "*.[pP][nN][gG]")
     ids = read_split(root, split, known=images)
@@ -218,7 +216,7 @@ def list_extra_images(folders, root, used):
     items = []
     for folder in folders:
         files = image_files(root / "JPEGImages" if str(folder) == "voc" else folder, "**/*")
-        new = [Item(name, file, None) for name, file in files.items() if name not in used]
+        new = [Item(name, file, None) for name, file in reversed(files) if name not in used]
         if not new:
             raise DataError(f"--extra_images {folder}: there is no unlabelled image there")
         items += new
@@ -246,7 +244,8 @@ def read_mask(file):
         raise DataError(f"{file} cannot be read as a mask ({error})") from error
     if mode not in ("P", "L"):
         raise DataError(f"{file} is a {mode} image; a mask is an 8-bit PNG of class indices")
-    present, allowed = np.unique(labels[labels != VOID]).tolist(), {*range(NUM_CLASSES), VOID}
+    present = [label for label, count in enumerate(image.histogram()) if count and label != VOID]
+    allowed = {*range(NUM_CLASSES), VOID}
     index_of = {tuple(colour): index for index, colour in enumerate(voc_palette().tolist())}
     meant = [index_of.get(tuple(palette[3 * label : 3 * label + 3])) for label in present]
     if meant != present and {*meant} <= allowed and len({*meant}) == len(meant):
@@ -259,16 +258,16 @@ def read_mask(file):
 
 def read_item(item):
     """(H, W, 4) uint8, RGB and label; an unlabelled image is at most 500 px long, as VOC's are."""
-    image = read_image(item.image)
+    image, labels = Image.fromarray(read_image(item.image)), UNLABELLED
     if item.mask is None:
-        image = Image.fromarray(image)
         image.thumbnail((500, 500))
-        return np.dstack([image, np.full(image.size[::-1], UNLABELLED, dtype=np.uint8)])
-    mask = read_mask(item.mask)
-    if mask.shape != image.shape[:2]:
-        raise DataError(f"{item.mask} is {mask.shape[::-1]} but {item.image} {image.shape[1::-1]}, "
-                        "after its EXIF rotation if any: they must have one size")  # fmt: skip
-    return np.dstack([image, mask])
+    else:
+        labels = Image.fromarray(read_mask(item.mask))
+        if labels.size != image.size:
+            raise DataError(f"{item.mask} is {labels.size} but {item.image} {image.size}, after "
+                            "its EXIF rotation if any: they must have one size")  # fmt: skip
+    image.putalpha(labels)  # one call, twice as fast as numpy's
+    return np.array(image)
 
 
 # -------------------------------------------------------------------------- the data set, its crops
@@ -277,7 +276,7 @@ class ArrayFile:
     """Arrays of one dtype and many shapes in one file, each memory-mapped when it is read."""
 
     def __init__(self, folder, dtype):
-        self.file, self.dtype = folder / "values.bin", np.dtype(dtype)
+        self.file, self.dtype = str(folder / "values.bin"), np.dtype(dtype)
         self.shapes = np.load(folder / "shapes.npy")
         self.ends = np.cumsum(self.shapes.prod(axis=1)) * self.dtype.itemsize
 
@@ -293,7 +292,7 @@ def cached_arrays(kind, cache_dir, items, dtype, settings, arrays):
     for file in [file for item in items for file in (item.image, item.mask) if file]:
         digest.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     folder = cache_dir / f"{kind}-{digest.hexdigest()[:16]}"
-    temporary, shapes = folder.with_suffix(f".{os.getpid()}"), []
+    temporary, shapes = folder.with_suffix(f".{os.urandom(4).hex()}"), []
     try:
         if not folder.is_dir():
             temporary.mkdir(parents=True, exist_ok=True)
@@ -384,9 +383,10 @@ def random_crop(pixels, maps, seen, size, longest, scale, generator):
     source = (..., *(slice(start, start + cut) for start, cut, _, _ in windows))
     target = (..., *(slice(out, out + reach) for _, _, out, reach in windows))
     reach = [reach for *_, reach in windows]
-    window = pixels[source][None]
+    window = pixels[source][None].contiguous(memory_format=torch.channels_last)
     image = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
-    image[target] = F.interpolate(window[:, :3], reach, mode="bilinear", antialias=True)
+    # All four channels: torch is fastest with them, in this memory format; the label's is not used.
+    image[target] = F.interpolate(window, reach, mode="bilinear", antialias=True)[0, :3]
     mask = torch.full((size, size), VOID, dtype=torch.uint8)
     mask[target] = F.interpolate(window[:, 3:], reach, mode="nearest-exact")
     maps = {key: crop_map(values, key, windows, (height, width), seen, size, flip)

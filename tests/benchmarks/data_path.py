@@ -9,6 +9,7 @@ not timed. The table gives the median and the range.
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -19,32 +20,36 @@ import torch
 from PIL import Image
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import voc_data  # noqa: E402
 
 
 class Reference(Dataset):
-    """As in torchvision's references/segmentation with tv_tensors: decode, resize, flip, crop."""
+    """As torchvision's references/segmentation by default, in Pillow: resize, flip, crop."""
 
     def __init__(self, items, crop_size, longest, scale):
-        self.items, self.longest, self.scale = items, longest, scale
-        fill = {tv_tensors.Image: 0, tv_tensors.Mask: voc_data.VOID}
-        crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)
-        self.transform = v2.Compose([v2.RandomHorizontalFlip(0.5), crop])
+        self.items, self.crop_size, self.longest, self.scale = items, crop_size, longest, scale
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        item = self.items[index]
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(Image.open(item.image).convert("RGB")))
-        mask = tv_tensors.Mask(v2.functional.pil_to_tensor(Image.open(item.mask)))
-        factor = float(torch.empty(1).uniform_(*self.scale)) * self.longest / max(image.shape[-2:])
-        size = [round(side * factor) for side in image.shape[-2:]]
-        return self.transform(v2.functional.resize(image, size), v2.functional.resize(mask, size))
+        image = Image.open(self.items[index].image).convert("RGB")
+        mask = Image.open(self.items[index].mask)
+        factor = random.uniform(*self.scale) * self.longest / max(image.size)
+        height, width = (round(side * factor) for side in reversed(image.size))
+        image = F.resize(image, [height, width])
+        mask = F.resize(mask, [height, width], InterpolationMode.NEAREST)
+        if random.random() < 0.5:
+            image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+        padding = [0, 0, max(0, self.crop_size - width), max(0, self.crop_size - height)]
+        image, mask = F.pad(image, padding), F.pad(mask, padding, fill=voc_data.VOID)
+        top, left = (random.randint(0, max(0, n - self.crop_size)) for n in (height, width))
+        window = top, left, self.crop_size, self.crop_size
+        return [F.pil_to_tensor(F.crop(part, *window)) for part in (image, mask)]
 
 
 def save_table(rows, headers, note, output):
