@@ -5,13 +5,11 @@
     python test.py --checkpoint A.pth B.pth                 these; several seeds give errors
     python test.py --checkpoint A.pth --image photo.jpg     overlays of your own images
 
-Writes results.md, .tex, .csv and .json, per_class.md, per_class_iou.png and, from the histories
+Writes results.md, .tex and .json, per_class.md, per_class_iou.png and, from the histories
 beside the checkpoints, training_curves.png. score = 4 * mIoU / (1 + parameters in millions).
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -44,14 +42,17 @@ def get_args_parser():
     flag("--visualize", action="store_true", help="write overlays")
     flag("--num_vis", type=in_range(2), default=8, help="images in a sheet: best and worst")
     flag("--image", type=path, nargs="+", metavar="FILE", help="overlays of these, no measuring")
-    flag("--output_dir", type=path, help="default: report, or report/NAME for one --checkpoint")
+    flag("--output_dir", type=path, help="default: report, or report/NAME for a selection")
     return parser
 
 
 def main(args):
     device = voc_data.choose_device(args.device)
     students = load_students(args, device)
-    output = args.output_dir or Path("report", args.checkpoint[0].stem if args.checkpoint else "")
+    selection = args.model or ""
+    if args.checkpoint:
+        selection = "several" if args.checkpoint[1:] else args.checkpoint[0].stem
+    output = args.output_dir or Path("report", selection)
     if args.image:
         return overlay_images(args.image, students, device, output)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.val_split)
@@ -63,10 +64,14 @@ def main(args):
         speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
         rows.append(row | speeds[key])
         image_ious.append(ious)
+    histories = load_histories(students)
+    for row in rows:
+        final = [v["val_miou"] for v in histories.get(row["label"], []) if "val_miou" in v][-1:]
+        row["final_val_miou"] = final[0] if final else None
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
     draw_class_bars(rows, output / "per_class_iou.png")
-    draw_curves(load_histories(students), output / "training_curves.png")
+    draw_curves(histories, output / "training_curves.png")
     if args.visualize:
         draw_overlays(args, students, image_ious, images, device, output)
 
@@ -132,29 +137,38 @@ def measure(args, student, images, device):
 
 
 def teacher_rows(output, like):
-    """The rows that test_pretrained_fcn.py left in the folder, if they are of the same split."""
-    rows = [json.loads(file.read_text("utf-8")) for file in sorted(output.glob("teacher_*.json"))]
-    return [row for row in rows if (row["split"], row["images"]) == (like["split"], like["images"])]
+    """The rows that test_pretrained_fcn.py left in the folder, of the same images and device."""
+    rows = [row for file in sorted(output.glob("teacher_*.json")) for row in read_json(file)]
+    keys = "split", "images", "device"
+    return [row for row in rows if all(row.get(key) == like[key] for key in keys)]
+
+
+def read_json(file):
+    """The values of a file, one a line; DataError where it is damaged."""
+    try:
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}): delete it") from error
 
 
 def gains(rows):
-    """What distillation gives: {label: (n, mean mIoU, gain over none, its standard error)}.
+    """What distillation gives: {label: (runs, mean mIoU, pairs, gain over none, its error)}.
 
-    Pairs runs of one seed, length and list; in points of mIoU. None where there is no pair, or for
-    the error of a single pair.
+    Pairs runs of one seed, length and list; in points of mIoU, with the standard error of the mean.
+    None where there is no pair, or for the error of a single pair.
     """
     table = {}
     for name in dict.fromkeys((row["model"], row["kd_mode"]) for row in rows):
         runs = [row for row in rows if (row["model"], row["kd_mode"]) == name]
         differences = [
             100 * (run["miou"] - alone["miou"]) for run in runs for alone in rows
-            if (alone["model"], alone["kd_mode"]) == (run["model"], "none")
-            and all(run[key] == alone[key] for key in ("seed", "epochs", "train_split"))
+            if alone["kd_mode"] == "none" != run["kd_mode"]
+            and all(run[key] == alone[key] for key in ("model", "seed", "epochs", "train_split"))
         ]  # fmt: skip
         gain = statistics.mean(differences) if differences else None
         error = statistics.stdev(differences) / len(differences) ** 0.5 if differences[1:] else None
         mean = 100 * statistics.mean(row["miou"] for row in runs)
-        table[" ".join(name)] = len(runs), mean, gain, error
+        table[" ".join(name)] = len(runs), mean, len(differences), gain, error
     return table
 
 
@@ -166,11 +180,12 @@ def show(value, digits=2, sign=""):
 
 
 def write_tables(rows, output):
-    """Write the comparison as .md, .tex, .csv and .json, then print it."""
+    """Write the comparison as .md, .tex and .json, then print it."""
     columns = {
         "network": lambda r: r["label"],
         "input px": lambda r: str(r["eval_size"] or "own"),
         "mIoU %": lambda r: show(100 * r["miou"]),
+        "final epoch": lambda r: show(100 * (r.get("final_val_miou") or math.nan)),
         "pixel acc. %": lambda r: show(100 * r["pixel_accuracy"]),
         "parameters": lambda r: f"{r['parameters']:,}",
         "MMACs": lambda r: show(r["macs"] / 1e6, 0),
@@ -191,34 +206,20 @@ def write_tables(rows, output):
     )
     students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [
-        [name, n, show(mean), show(gain, 2, "+"), show(error)]
-        for name, (n, mean, gain, error) in gains(students).items()
+        [name, runs, show(mean), pairs or "-", show(gain, 2, "+"), show(error)]
+        for name, (runs, mean, pairs, gain, error) in gains(students).items()
     ]
-    gain_table = tabulate(
-        gain_cells, ["network", "runs", "mean mIoU %", "gain over none", "standard error"],
-        tablefmt="github", disable_numparse=True,
-    )  # fmt: skip
+    headers = ["network", "runs", "mean mIoU %", "pairs", "gain over none", "standard error"]
+    gain_table = tabulate(gain_cells, headers, tablefmt="github", disable_numparse=True)
     table = tabulate(cells, tablefmt="github", **kwargs)
     atomic_save(output / "results.md", f"{table}\n\n{note}\n\n{gain_table}\n")
     atomic_save(output / "results.tex", tabulate(cells, tablefmt="latex_booktabs", **kwargs) + "\n")
-    atomic_save(output / "results.csv", csv_text(rows))
     atomic_save(output / "results.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
     labels, bars = [row["label"] for row in rows], class_bars(rows)
     per_class = [[name, *(show(bars[l][i], 1) for l in labels)] for i, name in enumerate(CLASSES)]
     per_class = tabulate(per_class, ["IoU %", *labels], tablefmt="github", disable_numparse=True)
     atomic_save(output / "per_class.md", per_class + "\n")
     print(f"\n{table}\n\n{note}\n\n{gain_table}\n\ntables and figures in {output}")
-
-
-def csv_text(rows):
-    """One line per network, with the IoU of each class at the end."""
-    text = io.StringIO()
-    keys = [key for key in rows[0] if key != "iou"]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, *(f"iou_{name}" for name in CLASSES)])
-    for row in rows:
-        writer.writerow([*(row.get(key) for key in keys), *row["iou"].values()])
-    return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -249,10 +250,7 @@ def draw_class_bars(rows, file):
 def load_histories(students):
     """{label: lines of the history} of the students whose history lies beside the checkpoint."""
     files = {s.label: s.file.with_name(f"history_{s.model}_{s.kd_mode}.jsonl") for s in students}
-    return {
-        label: [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        for label, file in files.items() if file.is_file()
-    }  # fmt: skip
+    return {label: read_json(file) for label, file in files.items() if file.is_file()}
 
 
 def draw_curves(histories, file):
@@ -346,6 +344,8 @@ def draw_overlays(args, students, image_ious, images, device, output):
 
 def overlay_images(files, students, device, output):
     """Image and prediction of each student, for images without a mask."""
+    if len({file.stem for file in files}) < len(files):
+        raise UsageError("two --image files have one name: take them one by one")
     for file in files:
         image = Image.fromarray(voc_data.read_image(file))
         image.thumbnail((1024, 1024))  # more would take memory, and not be seen

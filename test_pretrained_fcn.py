@@ -58,7 +58,7 @@ def main(args):
         "iou": {c: None if iou != iou else iou for c, iou in zip(CLASSES, matrix.iou.tolist())},
     }  # fmt: skip
     file = args.output_dir / f"teacher_{teacher.name.replace('.', '_')}.json"
-    voc_data.atomic_save(file, json.dumps(row, indent=1) + "\n")
+    voc_data.atomic_save(file, json.dumps(row) + "\n")
     print(f"{teacher.name}, {len(images)} images of '{args.val_split}'\n{matrix}\n")
     print(f"mIoU {matrix.miou:.4f} | {teacher.parameters:,} parameters | "
           f"{row['macs'] / 1e9:.1f} GMACs, {row['latency_ms']:.1f} ms at {size} px on "

@@ -14,6 +14,7 @@ from torchvision import models
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks here are tiny: a second thread costs more than it gives
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 
 import voc_data  # noqa: E402  (found through the path set above)
 

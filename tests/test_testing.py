@@ -1,10 +1,10 @@
 """test.py and test_pretrained_fcn.py: rows, gains, tables, what the figures show."""
 
-import csv
 import io
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 from types import SimpleNamespace
@@ -85,6 +85,7 @@ def test_rows_are_in_order_and_say_what_evaluate_says(tested, files, tiny_voc):
         shown = [iou for iou in row["iou"].values() if iou is not None]
         assert statistics.mean(shown) == pytest.approx(row["miou"])
         assert row["images"] == 8 and row["macs"] == SPEED["macs"]
+    assert [row["final_val_miou"] for row in rows] == [0, 0.1, 0.2, 0.3, 0.4]  # of the histories
     assert teacher["kd_mode"] == "teacher" and teacher["label"] == rows[2]["checkpoint"][-36:]
     assert teacher["miou"] == pytest.approx(rows[2]["miou"], abs=1e-6)
     assert teacher["parameters"] == rows[2]["parameters"]
@@ -93,19 +94,18 @@ def test_rows_are_in_order_and_say_what_evaluate_says(tested, files, tiny_voc):
 def test_tables_agree_in_all_formats(tested):
     output, rows = tested
     text = {name: (output / name).read_text("utf-8") for name in os.listdir(output)
-            if name.endswith((".md", ".tex", ".csv", ".json"))}  # fmt: skip
+            if name.endswith((".md", ".tex", ".json"))}  # fmt: skip
     json.loads(text["results.json"], parse_constant=pytest.fail)  # NaN is no JSON
     lines, latex = text["results.md"].splitlines(), text["results.tex"].splitlines()
     names = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    for line, cells, row in zip(lines[2:], csv.DictReader(io.StringIO(text["results.csv"])), rows):
+    for line, row in zip(lines[2:], rows):
         shown = dict(zip(names, (cell.strip() for cell in line.strip("|").split("|"))))
+        final = row.get("final_val_miou")
         expected = {"mIoU %": f"{100 * row['miou']:.2f}", "score": f"{row['score']:.3f}",
-                    "parameters": f"{row['parameters']:,}", "MMACs": "123"}  # fmt: skip
+                    "parameters": f"{row['parameters']:,}", "MMACs": "123",
+                    "final epoch": f"{100 * final:.2f}" if final else "-"}  # fmt: skip
         assert shown["network"] == row["label"] and shown.items() >= expected.items()
         assert any(all(value in entry for value in expected.values()) for entry in latex)
-        assert float(cells["miou"]) == row["miou"]
-        values = [cells[f"iou_{name}"] for name in CLASSES]
-        assert [float(v) if v else None for v in values] == list(row["iou"].values())
     head, _, *per_class = text["per_class.md"].splitlines()
     assert [cell.strip() for cell in head.split("|")[2:-1]] == [row["label"] for row in rows]
     for name, line in zip(CLASSES, per_class, strict=True):
@@ -118,13 +118,14 @@ def test_gain_table_pairs_the_seeds(tested):
     output, rows = tested
     miou = [100 * row["miou"] for row in rows]
     gain = [miou[2] - miou[0], miou[3] - miou[1]]
-    expected = ["2", f"{(miou[2] + miou[3]) / 2:.2f}", f"{sum(gain) / 2:+.2f}",
+    expected = ["2", f"{(miou[2] + miou[3]) / 2:.2f}", "2", f"{sum(gain) / 2:+.2f}",
                 f"{abs(gain[0] - gain[1]) / 2:.2f}"]  # fmt: skip
     lines = (output / "results.md").read_text("utf-8").splitlines()
     cells = {row[1].strip(): [cell.strip() for cell in row[2:-1]]
              for row in (line.split("|") for line in lines[-3:])}  # fmt: skip
     assert cells["ultracompact response"] == expected
-    assert cells["ultracompact feature"] == ["1", f"{miou[4]:.2f}", "-", "-"]  # other --epochs
+    assert cells["ultracompact feature"] == ["1", f"{miou[4]:.2f}", "-", "-", "-"]  # other --epochs
+    assert cells["ultracompact none"][2:] == ["-", "-", "-"]  # is not compared with itself
 
 
 def test_gains_are_paired_by_seed_length_and_list():
@@ -135,9 +136,25 @@ def test_gains_are_paired_by_seed_length_and_list():
                  ("feature", 1, "b", 0.5))]  # fmt: skip
     rows.append(rows[2] | {"model": "ultracompact"})
     table = script.gains(rows)
-    assert table["standard response"] == pytest.approx((3, 50, 5, 1))
-    assert table["standard feature"] == (2, pytest.approx(40.5), pytest.approx(1), None)
-    assert table["ultracompact response"] == (1, pytest.approx(24), None, None)
+    assert table["standard response"] == pytest.approx((3, 50, 2, 5, 1))
+    assert table["standard feature"] == (2, pytest.approx(40.5), 1, pytest.approx(1), None)
+    assert table["ultracompact response"] == (1, pytest.approx(24), 0, None, None)
+
+
+@pytest.mark.parametrize("name", ["teacher_a.json", "history_ultracompact_none.jsonl"])
+def test_damaged_results_are_named(name, files, tiny_voc, tmp_path):
+    folder = shutil.copytree(files[0].parent, tmp_path / "copy")
+    (folder / name).write_text('{"epoch": 1, "ce"')
+    flags = ["--data_root", tiny_voc, "--output_dir", folder, "--checkpoint", folder / files[0].name]
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        run(script, *flags)
+
+
+def test_teacher_of_another_device_is_left_out(tmp_path):
+    like = {"split": "val", "images": 8, "device": "cpu"}
+    for number, row in enumerate([like, like | {"device": "cuda"}, like | {"images": 9}]):
+        (tmp_path / f"teacher_{number}.json").write_text(json.dumps(row))
+    assert script.teacher_rows(tmp_path, like) == [like]
 
 
 def test_figures_show_the_right_data(tested, files):
@@ -174,6 +191,9 @@ def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
     run(script, "--checkpoint", files[0], "--data_root", tiny_voc)
     assert os.listdir("report") == ["best_model_ultracompact_none"]
     assert "results.md" in os.listdir("report/best_model_ultracompact_none")
+    run(script, "--checkpoint", *files[:2], "--data_root", tiny_voc)
+    run(script, "--model", "ultracompact", "--save_dir", files[0].parent, "--data_root", tiny_voc)
+    assert {*os.listdir("report")} == {"best_model_ultracompact_none", "several", "ultracompact"}
     with pytest.raises(UsageError, match="--model standard"):
         run(script, "--checkpoint", files[0], "--model", "standard", "--data_root", tiny_voc)
     with pytest.raises(DataError, match="no best_model_.*train.py"):
@@ -182,3 +202,5 @@ def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(voc_data, "find_voc", None)
     run(script, "--image", photo, "--checkpoint", files[0], "--output_dir", tmp_path / "photos")
     assert os.listdir("photos") == [f"image_{photo.stem}.jpg"]
+    with pytest.raises(UsageError, match="one name"):
+        run(script, "--image", photo, photo, "--checkpoint", files[0], "--output_dir", "photos")
