@@ -176,11 +176,13 @@ def test_other_files_do_not_take_the_place_of_images_and_masks(tmp_path):
 def test_extra_images_are_those_without_labels(tmp_path):
     root = make_voc(tmp_path / "voc", ["a"], ["b", "c", "d"])
     photos = tmp_path / "photos"
-    (photos / "deep").mkdir(parents=True)
-    for name in ("one.JPG", "deep/two.png", "a.jpg", "._one.jpg", "notes.txt"):
+    (photos / "deep/__MACOSX").mkdir(parents=True)
+    for name in ("one.JPG", "deep/one.jpg", "deep/two.png", "a.jpg", "._one.jpg", "notes.txt",
+                 "deep/__MACOSX/three.jpg"):  # fmt: skip
         Image.fromarray(noise(300, 1000)).save(photos / name, "png")
     extra = voc_data.list_extra_images([Path("voc"), photos], root, {"a", "b"})
-    assert {item.id: item.mask for item in extra} == dict.fromkeys(("c", "d", "one", "two"))
+    assert [item.id for item in extra] == ["c", "d", "one", "two", "one"]  # two of one name
+    assert len({item.image for item in extra}) == 5 and {item.mask for item in extra} == {None}
     pixels = VOCDataset([item for item in extra if item.id == "two"])[0]
     assert pixels.shape == (150, 500, 4)  # as long as the images of VOC
     assert (pixels[..., 3] == UNLABELLED).all() and 100 < pixels[..., :3].mean() < 155
@@ -440,6 +442,8 @@ def test_unlabelled_images_accompany_labelled_ones_each_once_a_round():
     for start in range(0, 120, 30):
         assert sorted(index for index, _ in drawn[start : start + 30]) == list(range(24, 54))
     assert len({seed for _, seed in drawn}) == 120
+    pairs = keys_of(24, 24)
+    assert any(batch[4:] != [(index + 24, seed) for index, seed in batch[:4]] for batch in pairs)
     assert {index for batch in keys_of(24, 2) for index, _ in batch[4:]} == {24, 25}
 
 
@@ -483,6 +487,9 @@ def test_failed_save_leaves_the_old_file_whole(tmp_path):
         with pytest.raises(shown):
             voc_data.atomic_save(file, fail)
         assert file.read_text("utf-8") == "old ä" and list(file.parent.iterdir()) == [file]
+    with open(file, encoding="utf-8") as opened:
+        voc_data.atomic_save(file, "new")
+        assert opened.read() == "old ä" and file.read_text() == "new"  # replaced, not written over
 
 
 def test_run_ends_in_one_line_and_an_exit_status(monkeypatch, capsys):

@@ -123,6 +123,17 @@ def test_student_teaches_at_its_own_size_with_its_features(tmp_path):
     outputs = teacher(images(2, 3, 65, 65))
     assert teacher.size == 160 and outputs.keys() == {"out", *LEVELS}
     torch.testing.assert_close(outputs, {"out": logits, **features})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert teacher(images(1, 3, 65, 65))["out"].dtype == torch.bfloat16
+    content = torch.load(file, weights_only=True)
+    torch.save({key: content[key] for key in content.keys() - {"eval_size"}}, file)
+    assert load_teacher(str(file), None, CPU).size == kd_losses.TEACHER_SIZE
+    with pytest.raises(UsageError, match="--teacher_weights"):
+        load_teacher(str(file), file, CPU)
+    content["model_state_dict"]["classifier.1.bias"] *= torch.nan
+    torch.save(content, file)
+    with pytest.raises(DataError, match="student.pth.*classifier.1.bias"):
+        load_teacher(str(file), None, CPU)
 
 
 def test_exported_teacher_gives_what_the_network_gave(tmp_path):
@@ -137,6 +148,10 @@ def test_exported_teacher_gives_what_the_network_gave(tmp_path):
 def test_teachers_that_cannot_teach_are_refused(tiny_voc, tmp_path):
     with pytest.raises(DataError, match="21 classes"):
         Teacher(Strided(classes=5), "five.pt2", 65, CPU)
+    swapped = Strided()
+    swapped.levels = ("mid", "low", "high")
+    with pytest.raises(DataError, match="swapped.pt2 has stride 8 at 'low'"):
+        Teacher(swapped, "swapped.pt2", 65, CPU)
     teacher = Teacher(Strided(levels=False), "logits.pt2", 65, CPU)
     items = voc_data.list_items(tiny_voc, "val")
     with pytest.raises(UsageError, match="logits.pt2 has no features.*mid"):

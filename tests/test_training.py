@@ -178,6 +178,8 @@ def test_live_teacher_trains_like_the_cached_one_does(runs, mode, tiny_voc, teac
     (record,) = trained(tiny_voc, tmp_path / "save", *flags)
     assert record["kd"] == pytest.approx(runs[1][mode][0]["kd"], rel=0.3)
     assert not (tmp_path / "cache").exists()
+    with pytest.raises(UsageError, match="live"):  # cached targets are others
+        trained(tiny_voc, tmp_path / "save", *flags[:4], "--epochs", 2)
 
 
 def test_steps_do_not_wait_for_the_device(tiny_voc, teacher_file, tmp_path, monkeypatch):
@@ -290,8 +292,8 @@ def test_init_starts_from_the_weights_of_a_checkpoint(teacher_file, tmp_path):
 @pytest.mark.parametrize("status, flags, word", [
     *((2, flags, flags.split()[0]) for flags in (
         "--epochs 0", "--epochs 1.5", "--batch_size 0", "--batch_size 25", "--lr nan", "--lr inf",
-        "--lr -1", "--weight_decay -1", "--seed -1", "--temperature 0", "--alpha -1", "--beta nan",
-        "--crop_size 32", "--eval_size 0", "--scale 2 1", "--scale 0 1", "--colour_jitter -1",
+        "--lr -1", "--weight_decay -1", "--seed -1", "--seed 9223372036854775808", "--temperature 0", "--alpha -1", "--beta nan",
+        "--crop_size 32", "--eval_size 0", "--scale 2 1", "--scale 0 1", "--colour_jitter 1.1",
         "--workers -1", "--val_every 0", "--patience -1", "--model vgg", "--kd_mode both",
         "--kd_levels top", "--typo 1", "--class_balance x", "--device tpu", "--amp on",
         "--extra_images voc", "--resume maybe",
@@ -325,6 +327,9 @@ def test_older_results_are_replaced_only_where_that_is_asked_for(tiny_voc, tmp_p
         trained(tiny_voc, tmp_path, *flags, "--lr", 0.02)
     with pytest.raises(UsageError, match="exists.*--overwrite"):
         trained(tiny_voc, tmp_path, *flags, "--lr", 0.02, "--resume", "none")
+    trained(tiny_voc, tmp_path / "two", *flags, "--epochs", 2)
+    with pytest.raises(UsageError, match="2 epochs"):
+        trained(tiny_voc, tmp_path / "two", *flags)
     assert before == {file: file.read_bytes() for file in before}
     trained(tiny_voc, tmp_path, *flags, "--lr", 0.02, "--resume", "none", "--overwrite")
     best = torch.load(tmp_path / "best_model_ultracompact_none.pth", weights_only=True)
