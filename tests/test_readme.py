@@ -16,7 +16,7 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["results"])
+@pytest.mark.parametrize("name", ["results", "speed/training_epoch"])
 def test_a_table_is_the_one_that_was_written(name):
     table = (ROOT / "report" / f"{name}.md").read_text(encoding="utf-8")
     assert table.split("\n\n")[0].strip() in README
