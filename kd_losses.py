@@ -59,7 +59,7 @@ def labels_at(labels, size):
 def class_weights(pixels, power):
     """w_c = f_c^-power, (C,) float32, from the training masks' pixels per class, (C,)."""
     share = pixels.double() / pixels.sum()
-    return (share.clamp(min=1e-3) ** -power).float()  # bounded for classes that are hardly there
+    return (share.clamp(min=1e-3) ** -power).float()  # bounded for rare classes
 
 
 def cross_entropy(logits, labels, weights):
@@ -112,10 +112,9 @@ def feature_based_kd_loss(student_features, teacher_features, labels):
     return torch.stack(distances).mean()
 
 
-def make_adapters(student_channels, teacher_channels, levels):
+def make_adapters(student, teacher, levels):
     """The 1x1 convolutions A_l, by level, from {level: channels} of both networks."""
-    adapters = {l: nn.Conv2d(student_channels[l], teacher_channels[l], 1) for l in levels}
-    return nn.ModuleDict(adapters)
+    return nn.ModuleDict({l: nn.Conv2d(student[l], teacher[l], 1) for l in levels})
 
 
 # -------------------------------------------------------------------------- checkpoints of students
@@ -183,12 +182,12 @@ class Teacher:
         self.parameters, self.steps = count_parameters(network), {}
         try:
             outputs = self(torch.zeros(2, 3, 64, 64, device=device))
-        except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # one size alone
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # of a fixed size
             raise DataError(f"the teacher {name} cannot run: {first_line(error)}") from error
-        self.channels = {key: value.shape[1] for key, value in outputs.items()}
+        self.channels = {key: outputs[key].shape[1] for key in STRIDES if key in outputs}
         if self.channels.get("out") != NUM_CLASSES:
             raise DataError(f"the teacher {name} does not return {NUM_CLASSES} classes as 'out'")
-        for key in outputs.keys() & {*LEVELS}:
+        for key in self.channels.keys() & {*LEVELS}:
             stride = 2 ** round(math.log2(64 / outputs[key].shape[-1]))  # padding may add a value
             self.steps[key], rest = divmod(STRIDES[key], stride)
             if rest:
@@ -196,10 +195,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Features are thinned out to the student's strides: every second value of stride 8."""
+        """Features are cut and thinned out to the student's: every second value of stride 8."""
         outputs = dict(self.network(images))
         for key, step in self.steps.items():
-            outputs[key] = outputs[key][..., ::step, ::step]
+            height, width = (-(-side // STRIDES[key] * step) for side in images.shape[-2:])
+            outputs[key] = outputs[key][..., :height:step, :width:step]
         return outputs
 
     def cached_maps(self, images, keys, cache_dir, source):
@@ -213,7 +213,7 @@ class Teacher:
                 value = self(network_input(images[index], self.size, self.device))[key]
                 if key == "out":
                     cells = [-(-side // 8) for side in value.shape[-2:]]
-                    value = F.interpolate(value, cells, mode="bilinear")  # as a live one is
+                    value = F.interpolate(value, cells, mode="bilinear")  # as in the loss
                 yield value[0].half().cpu().numpy()
 
         arguments = cache_dir, images.items, np.float16, (self.name, self.size, source)

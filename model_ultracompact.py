@@ -89,7 +89,7 @@ class SkipFusion(nn.Module):
         )
 
     def forward(self, x, skip):
-        # The 1x1 commutes with the upsampling; before it, it runs on a quarter of the positions.
+        # The 1x1 commutes with the upsampling; done first, it runs on a quarter of the positions.
         x = F.interpolate(self.reduce(x), size=skip.shape[-2:], mode="bilinear")
         return self.smooth(F.relu(x + self.skip(skip)))
 

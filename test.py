@@ -65,9 +65,11 @@ def main(args):
         rows.append(row | speeds[key])
         image_ious.append(ious)
     histories = load_histories(students)
-    for row in rows:
-        final = [v["val_miou"] for v in histories.get(row["label"], []) if "val_miou" in v][-1:]
-        row["final_val_miou"] = final[0] if final else None
+    for student, row in zip(students, rows):
+        validated = [v for v in histories.get(student.label, []) if "val_miou" in v]
+        trained_for = [student.settings.get(key) for key in ("val_split", "eval_size")]
+        alike = validated and trained_for == [row["split"], row["eval_size"]]
+        row["final_val_miou"] = validated[-1]["val_miou"] if alike else None
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
     draw_class_bars(rows, output / "per_class_iou.png")
@@ -137,7 +139,7 @@ def measure(args, student, images, device):
 
 
 def teacher_rows(output, like):
-    """The rows that test_pretrained_fcn.py left in the folder, of the same images and device."""
+    """The rows that test_pretrained_fcn.py left there, of an equal list and the same device."""
     rows = [row for file in sorted(output.glob("teacher_*.json")) for row in read_json(file)]
     keys = "split", "images", "device"
     return [row for row in rows if all(row.get(key) == like[key] for key in keys)]
@@ -154,8 +156,8 @@ def read_json(file):
 def gains(rows):
     """What distillation gives: {label: (runs, mean mIoU, pairs, gain over none, its error)}.
 
-    Pairs runs of one seed, length and list; in points of mIoU, with the standard error of the mean.
-    None where there is no pair, or for the error of a single pair.
+    Runs of one seed, length and list are a pair; gains are in points of mIoU. None where there is
+    no pair, or for the standard error of a single one.
     """
     table = {}
     for name in dict.fromkeys((row["model"], row["kd_mode"]) for row in rows):
@@ -201,8 +203,8 @@ def write_tables(rows, output):
     note = (
         f"{rows[0]['images']} images of '{rows[0]['split']}', masks at native size; MACs and speed "
         f"for square images of the input size (500 px where it is their own), latency of one image "
-        f"and throughput in float32 if not said otherwise, on {rows[0]['device']}; "
-        "score = 4 mIoU / (1 + millions of parameters)."
+        f"and throughput in float32 if not said otherwise, on {rows[0]['device']}; final epoch: "
+        "mIoU of the last validation in training; score = 4 mIoU / (1 + millions of parameters)."
     )
     students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [
@@ -225,8 +227,7 @@ def write_tables(rows, output):
 # ------------------------------------------------------------------------------------------ figures
 
 def save_figure(figure, file):
-    kind = file.suffix[1:]
-    atomic_save(file, lambda temporary: figure.savefig(temporary, format=kind, dpi=90))
+    atomic_save(file, lambda temporary: figure.savefig(temporary, format=file.suffix[1:], dpi=90))
 
 
 def class_bars(rows):
@@ -283,7 +284,7 @@ def overlay(image, labels):
 
 @torch.inference_mode()
 def predict(student, image, device):
-    """The labels (H, W) a student gives an (H, W, 3) uint8 image, as `evaluate` takes them."""
+    """The labels (H, W) a student gives an (H, W, 3) uint8 image, resized as in `evaluate`."""
     logits = student.network(voc_data.network_input(image, student.eval_size, device))
     logits = F.interpolate(logits, size=image.shape[:2], mode="bilinear")
     return logits.max(dim=1).indices[0].cpu().numpy()
@@ -334,8 +335,7 @@ def draw_overlays(args, students, image_ious, images, device, output):
         for pair in zip(*best_and_worst(ious, args.num_vis)):
             for index in pair:
                 sheet += panels(index, {f"prediction, IoU {ious[index]:.2f}": student})
-        file = output / f"overlays_{student.label.replace(' ', '_')}.jpg"
-        draw_sheet(sheet, file, columns=6)
+        draw_sheet(sheet, output / f"overlays_{student.label.replace(' ', '_')}.jpg", columns=6)
     sheet = []
     for index in evenly_ranked(image_ious, args.num_vis // 2):
         sheet += panels(index, {student.label: student for student in students})

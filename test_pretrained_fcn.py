@@ -4,6 +4,7 @@
     python test_pretrained_fcn.py --teacher deeplabv3_resnet50     another torchvision network
 
 Measured as the students are, by the same `evaluate`; writes its row for the table of test.py.
+In training the teacher has images of 513 px (`--eval_size 513`), here their own size by default.
 torchvision reports 60.5 % mIoU for these weights, but on another test, COCO val2017 with VOC's
 classes: https://docs.pytorch.org/vision/stable/models.html
 """

@@ -181,8 +181,8 @@ def compute_losses(args, logits, features, labels, targets, weights):
     ce = kd_losses.cross_entropy(logits, labels, weights)
     kd = torch.zeros_like(ce)
     if args.kd_mode == "response":
-        outputs = logits, targets["out"]
-        kd = kd_losses.response_based_kd_loss(*outputs, labels, weights, args.temperature)
+        teacher = targets["out"]
+        kd = kd_losses.response_based_kd_loss(logits, teacher, labels, weights, args.temperature)
     elif args.kd_mode == "feature":
         kd = kd_losses.feature_based_kd_loss(features, targets, labels)
     return {"loss": args.alpha * ce + args.beta * kd, "ce": ce, "kd": kd}
@@ -308,7 +308,7 @@ def build_optimizer(args, model):
     """AdamW: a pretrained backbone at a lower rate, no weight decay on norms and biases."""
     groups = {}
     for name, parameter in model.named_parameters():
-        slow = name.startswith("student.backbone.") and not args.no_pretrained
+        slow = name.startswith("student.backbone.") and (args.init or not args.no_pretrained)
         key = args.lr * (BACKBONE_LR if slow else 1), args.weight_decay * (parameter.ndim > 1)
         groups.setdefault(key, []).append(parameter)
     groups = [{"params": parameters, "initial_lr": rate, "weight_decay": decay}
@@ -455,7 +455,7 @@ def report(history, settings):
 def curves(history):
     """{label: (epochs, values)} of what training_curves_*.png shows; mIoU in 0..1."""
     shown = {"train loss": "loss", "train cross-entropy": "ce", "train distillation": "kd",
-             "val cross-entropy": "val_loss", "val mIoU": "val_miou"}  # fmt: skip
+             "val cross-entropy, unweighted": "val_loss", "val mIoU": "val_miou"}  # fmt: skip
     lines = {label: [(r["epoch"], r[key]) for r in history if key in r]
              for label, key in shown.items()}  # fmt: skip
     return {label: tuple(zip(*points)) for label, points in lines.items()}

@@ -1,6 +1,6 @@
 """PASCAL VOC 2012 (https://doi.org/10.1007/s11263-014-0733-5): data, metric, shared helpers.
 
-    python voc_data.py --data_root DIR     read every file of a data set and count its classes
+    python voc_data.py --data_root DIR     read all listed images, count those with each class
 """
 
 import argparse
@@ -66,14 +66,14 @@ def run(main, args):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: use a smaller --batch_size or --crop_size")
+        sys.exit("error: out of GPU memory: use smaller images or batches, or --device cpu")
     except (DataError, OSError) as error:
         message = str(error).rsplit("DataError: ", 1)[-1].strip()  # less the traceback of a worker
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:  # workers of loaders end with this process, which torch would report as their fault
+    finally:  # DataLoader workers end with this process, which torch would report as crashes
         signal.signal(getattr(signal, "SIGCHLD", signal.SIGTERM), signal.SIG_DFL)
 
 
@@ -104,7 +104,7 @@ def choose_device(name):
     """The torch device of a name or, for None, the best there is."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if name not in (None, "cpu", best.type):
-        raise UsageError(f"--device {name} is not available here: choose cpu or {best.type}")
+        raise UsageError(f"--device {name} is not available here: leave it out for {best.type}")
     return torch.device(name) if name else best
 
 
@@ -175,8 +175,7 @@ def image_id(name):
 def image_files(folder, pattern="*"):
     """[(id, image file)] of a folder, .png before .jpg, without the hidden copies of a Mac."""
     files = [file for file in folder.glob(pattern) if file.suffix.lower() in IMAGE_SUFFIXES]
-    hidden = re.compile(r"(^|[/\\])(\.|__)")
-    files = [file for file in files if not hidden.search(str(file.relative_to(folder)))]
+    files = [f for f in files if not re.search(r"(^|[/\\])(\.|__)", str(f.relative_to(folder)))]
     return [(image_id(file.name), file) for file in sorted(files, reverse=True)]
 
 
@@ -344,13 +343,13 @@ def check_classes(pixels):
 
 
 def ignore_ctrl_c(worker_id):
-    """In a worker of a loader, which the main process ends, by SIGTERM."""
+    """Worker init: ignore Ctrl-C; the main process stops its workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_loader(dataset, workers, batch_size=None, **more):
-    """A DataLoader whose workers live on, with random numbers of its own (dropout has torch's)."""
+    """A DataLoader with persistent workers and a random generator of its own."""
     more |= {"persistent_workers": workers > 0, "worker_init_fn": ignore_ctrl_c}
     return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator(), **more)
 
@@ -447,14 +446,14 @@ def shuffled(length, seed, number):
 class TrainSampler(Sampler):
     """Batches of `batch_size` labelled and, where there are any, as many unlabelled images.
 
-    An epoch is a pass over the labelled images; the unlabelled ones, which follow in the dataset,
-    are drawn without repetition until all were seen. All is a function of (seed, epoch, rank)."""
+    An epoch is a pass over the labelled images, less an incomplete batch; unlabelled ones are drawn
+    without repetition until all were seen. Batches depend on seed, epoch and rank alone."""
 
     def __init__(self, labelled, unlabelled, batch_size, seed, rank=0, world_size=1):
         self.labelled, self.unlabelled, self.seed, self.epoch = labelled, unlabelled, seed, 0
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         if len(self) == 0:
-            raise UsageError(f"--batch_size {batch_size} is more than a process's training images")
+            raise UsageError(f"--batch_size {batch_size}: a process has fewer labelled images")
 
     def __len__(self):
         return self.labelled // (self.batch_size * self.world_size)
@@ -466,7 +465,7 @@ class TrainSampler(Sampler):
             batch = labelled[first : first + self.batch_size]
             first += self.epoch * len(self) * self.world_size * self.batch_size
             for position in range(first, first + self.batch_size) if self.unlabelled else ():
-                number, place = divmod(position, self.unlabelled)  # in an endless row of shuffles
+                number, place = divmod(position, self.unlabelled)  # in successive shuffles
                 index, seed = shuffled(self.unlabelled, self.seed + 50_000, number)[place]
                 batch.append((self.labelled + index, seed))
             yield batch
@@ -474,7 +473,7 @@ class TrainSampler(Sampler):
 
 def normalise(images, jitter=None):
     """(N, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation. `jitter` (N, 3): factors
-    of brightness, contrast and saturation, as in torchvision's ColorJitter."""
+    of brightness, contrast and saturation, in this order, clamped at the end."""
     images = images.float() / 255
     if jitter is not None:
         brightness, contrast, saturation = jitter.view(-1, 3, 1, 1, 1).unbind(1)
@@ -625,22 +624,23 @@ def draw_sample(rng):
 
 def main(args):
     """Read every listed image and mask, print images per class and all that is wrong."""
-    root, problems, table = find_voc(args.data_root), [], {"images with": CLASSES}
-    for split in sorted(file.stem for file in (root / "ImageSets/Segmentation").glob("[!.]*.txt")):
+    root, problems, table = find_voc(args.data_root), set(), {"images with": CLASSES}
+    lists = sorted(file.stem for file in (root / "ImageSets/Segmentation").glob("[!.]*.txt"))
+    for split in lists or ["train"]:
         images_with = np.zeros(256, dtype=np.int64)
         try:
             for item in tqdm(list_items(root, split), split, leave=False, disable=None):
                 try:
                     images_with[np.unique(read_item(item)[..., 3])] += 1
                 except DataError as error:
-                    problems.append(str(error))
+                    problems.add(str(error))
             check_classes(images_with[:NUM_CLASSES])
         except DataError as error:
-            problems.append(f"list '{split}': {error}")
+            problems.add(f"list '{split}': {error}")
         table[split] = images_with[:NUM_CLASSES]
     print(f"VOC 2012 at {root}\n{tabulate(table, headers='keys')}")
     if problems:
-        raise DataError("\n  ".join([f"{len(problems)} problems", *dict.fromkeys(problems)]))
+        raise DataError("\n  ".join([f"{len(problems)} problems", *sorted(problems)]))
     print("every listed image and mask can be read")
 
 

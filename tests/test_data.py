@@ -191,6 +191,13 @@ def test_extra_images_are_those_without_labels(tmp_path):
             voc_data.list_extra_images([photos, tmp_path / folder], root, {*"abcd"})
 
 
+def test_checker_without_a_list(tmp_path):
+    root = make_voc(tmp_path / "voc")
+    shutil.rmtree(root / "ImageSets/Segmentation")
+    with refused(match="1 problems\n.*train.txt does not exist"):
+        voc_data.main(argparse.Namespace(data_root=root))
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_binary_masks_are_refused_by_training_evaluation_and_checker(split, tmp_path):
     """Masks of 0 and 255, as binary tools write them: background and void, no class."""

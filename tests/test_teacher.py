@@ -145,6 +145,24 @@ def test_exported_teacher_gives_what_the_network_gave(tmp_path):
         torch.testing.assert_close(teacher(x), network(x))
 
 
+def test_features_have_the_sizes_of_the_student(tmp_path):
+    """Of a teacher that pads more than the student, and returns things of its own."""
+
+    class Padded(Strided):
+        def forward(self, image):
+            outputs = super().forward(image)
+            padded = {level: F.pad(outputs[level], (0, 1, 0, 1)) for level in LEVELS}
+            return outputs | padded | {"aux": None}
+
+    student = kd_losses.STUDENTS["ultracompact"](pretrained=False).eval()
+    for teacher in (Teacher(Padded(), "padded.pt2", 65, CPU), Teacher(Strided(), "a", 65, CPU)):
+        for size in ((64, 96), (90, 50)):
+            features = student(images(1, 3, *size), return_features=True)[1]
+            outputs = teacher(images(1, 3, *size))
+            assert [outputs[level].shape[2:] for level in LEVELS] == [
+                features[level].shape[2:] for level in LEVELS]  # fmt: skip
+
+
 def test_teachers_that_cannot_teach_are_refused(tiny_voc, tmp_path):
     with pytest.raises(DataError, match="21 classes"):
         Teacher(Strided(classes=5), "five.pt2", 65, CPU)

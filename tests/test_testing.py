@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,7 +48,7 @@ def files(tmp_path_factory):
         folder = root / f"seed{seed}"
         folder.mkdir(exist_ok=True)
         settings = {"seed": int(seed), "epochs": 9 if mode == "feature" else 2,
-                    "train_split": "train"}  # fmt: skip
+                    "train_split": "train", "val_split": "val", "eval_size": 65}  # fmt: skip
         files.append(folder / f"best_model_ultracompact_{mode}.pth")
         save_student(files[-1], number, kd_mode=mode, settings=settings)
         lines = [{"epoch": 1, "ce": number}, {"epoch": 2, "ce": 0, "val_miou": number / 10}]
@@ -191,8 +192,10 @@ def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
     run(script, "--checkpoint", files[0], "--data_root", tiny_voc)
     assert os.listdir("report") == ["best_model_ultracompact_none"]
     assert "results.md" in os.listdir("report/best_model_ultracompact_none")
-    run(script, "--checkpoint", *files[:2], "--data_root", tiny_voc)
+    run(script, "--checkpoint", *files[:2], "--data_root", tiny_voc, "--eval_size", 50)
     run(script, "--model", "ultracompact", "--save_dir", files[0].parent, "--data_root", tiny_voc)
+    other = json.loads(Path("report/several/results.json").read_text())
+    assert [row["final_val_miou"] for row in other] == [None, None]  # of another size
     assert {*os.listdir("report")} == {"best_model_ultracompact_none", "several", "ultracompact"}
     with pytest.raises(UsageError, match="--model standard"):
         run(script, "--checkpoint", files[0], "--model", "standard", "--data_root", tiny_voc)

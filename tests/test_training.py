@@ -135,7 +135,7 @@ def test_curves_are_the_columns_of_the_history(runs):
     assert series["train loss"] == [[1, 2, 3, 4], [record["loss"] for record in history]]
     assert series["train distillation"][1] == [record["kd"] for record in history]
     (miou,) = [points for label, points in series.items() if "mIoU" in label]
-    assert miou[0] == series["val cross-entropy"][0] == [3, 4]
+    assert miou[0] == series["val cross-entropy, unweighted"][0] == [3, 4]
     assert miou[1] == [history[2]["val_miou"], history[3]["val_miou"]]
 
 
