@@ -26,7 +26,8 @@ LIMIT = 100  # seconds
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
                "PYTHONPATH": str(ROOT)}  # fmt: skip
 CHILD = """
-import multiprocessing, os, runpy, sys
+import multiprocessing, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 multiprocessing.set_start_method(None, force=True)
 os.setsid()
 os.chdir({folder!r})
