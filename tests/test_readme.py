@@ -3,11 +3,11 @@
 import ast
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = {
     "model_ultracompact.py": 140, "model_standard.py": 140, "kd_losses.py": 280,

@@ -154,7 +154,7 @@ def test_damaged_results_are_named(name, files, tiny_voc, tmp_path):
 
 def test_teacher_of_another_device_is_left_out(tmp_path):
     like = {"split": "val", "images": 8, "device": "cpu"}
-    for number, row in enumerate([like, like | {"device": "cuda"}, like | {"images": 9}]):
+    for number, row in enumerate((like, like | {"device": "cuda"}, like | {"images": 9})):
         (tmp_path / f"teacher_{number}.json").write_text(json.dumps(row))
     assert script.teacher_rows(tmp_path, like) == [like]
 
@@ -195,8 +195,7 @@ def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
     assert "results.md" in os.listdir("report/best_model_ultracompact_none")
     run(script, "--checkpoint", *files[:2], "--data_root", tiny_voc, "--eval_size", 50)
     run(script, "--model", "ultracompact", "--save_dir", files[0].parent, "--data_root", tiny_voc)
-    for row in json.loads(Path("report/several/results.json").read_text()):
-        assert row["final_val_miou"] is None  # of another size
+    assert '"final_val_miou": null' in Path("report/several/results.json").read_text()  # other size
     assert {*os.listdir("report")} == {"best_model_ultracompact_none", "several", "ultracompact"}
     with pytest.raises(UsageError, match="--model standard"):
         run(script, "--checkpoint", files[0], "--model", "standard", "--data_root", tiny_voc)
