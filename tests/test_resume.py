@@ -23,8 +23,7 @@ from test_training import CPU, differences, files_differ, flags_of, trained
 from test_training import teacher_file  # noqa: F401  (a fixture)
 from voc_data import DataError
 
-LIMIT = 100  # seconds
-NOTEBOOK = "module://matplotlib_inline.backend_inline"
+LIMIT, NOTEBOOK = 100, "module://matplotlib_inline.backend_inline"  # seconds; a backend
 ENVIRONMENT = {"MPLBACKEND": NOTEBOOK, "PYTHONPATH": str(ROOT)}
 CHILD = """
 import multiprocessing, os, runpy, signal, sys
