@@ -177,7 +177,7 @@ class Teacher:
     """
 
     def __init__(self, network, name, size, device):
-        self.network, self.name, self.size, self.device = network, name, size, device
+        self.network, self.name, self.size, self.device = network, Path(name).name, size, device
         network.requires_grad_(False).to(memory_format=torch.channels_last)
         self.parameters, self.steps = count_parameters(network), {}
         try:
@@ -241,9 +241,9 @@ def load_teacher(name, weights_file, device):
     if name.endswith(".pth"):
         student, checkpoint = load_student(name)
         network = StudentAsTeacher(student).eval().to(device)
-        return Teacher(network, Path(name).name, checkpoint.get("eval_size", TEACHER_SIZE), device)
+        return Teacher(network, name, checkpoint.get("eval_size") or TEACHER_SIZE, device)
     if name.endswith(".pt2"):
-        return Teacher(load_exported(name, device), Path(name).name, TEACHER_SIZE, device)
+        return Teacher(load_exported(name, device), name, TEACHER_SIZE, device)
     if name not in (known := models.list_models(models.segmentation)):
         raise UsageError(f"--teacher {name} is no .pth or .pt2 file and none of {known}")
     if weights_file:

@@ -317,8 +317,9 @@ class VOCDataset(Dataset):
 
     def __init__(self, items, cache_dir=None, workers=0):
         self.items, self.cache = items, None
-        arrays = make_loader(self, workers)
-        self.cache = cache_dir and cached_arrays("images", cache_dir, items, np.uint8, None, arrays)
+        if cache_dir:
+            decoded = make_loader(self, workers)
+            self.cache = cached_arrays("images", cache_dir, items, np.uint8, None, decoded)
 
     def __len__(self):
         return len(self.items)
@@ -625,8 +626,7 @@ def draw_sample(rng):
 def main(args):
     """Read every listed image and mask, print images per class and all that is wrong."""
     root, problems, table = find_voc(args.data_root), set(), {"images with": CLASSES}
-    lists = sorted(file.stem for file in (root / "ImageSets/Segmentation").glob("[!.]*.txt"))
-    for split in lists or ["train"]:
+    for split in sorted(f.stem for f in root.glob("ImageSets/Segmentation/[!.]*.txt")) or ["train"]:
         images_with = np.zeros(256, dtype=np.int64)
         try:
             for item in tqdm(list_items(root, split), split, leave=False, disable=None):

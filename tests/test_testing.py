@@ -146,7 +146,8 @@ def test_gains_are_paired_by_seed_length_and_list():
 def test_damaged_results_are_named(name, files, tiny_voc, tmp_path):
     folder = shutil.copytree(files[0].parent, tmp_path / "copy")
     (folder / name).write_text('{"epoch": 1, "ce"')
-    flags = ["--data_root", tiny_voc, "--output_dir", folder, "--checkpoint", folder / files[0].name]
+    flags = ["--data_root", tiny_voc, "--output_dir", folder]
+    flags += ["--checkpoint", folder / files[0].name]
     with pytest.raises(DataError, match=f"{name} is damaged"):
         run(script, *flags)
 

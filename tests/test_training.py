@@ -292,7 +292,8 @@ def test_init_starts_from_the_weights_of_a_checkpoint(teacher_file, tmp_path):
 @pytest.mark.parametrize("status, flags, word", [
     *((2, flags, flags.split()[0]) for flags in (
         "--epochs 0", "--epochs 1.5", "--batch_size 0", "--batch_size 25", "--lr nan", "--lr inf",
-        "--lr -1", "--weight_decay -1", "--seed -1", "--seed 9223372036854775808", "--temperature 0", "--alpha -1", "--beta nan",
+        "--lr -1", "--weight_decay -1", "--seed -1", "--seed 9223372036854775808",
+        "--temperature 0", "--alpha -1", "--beta nan",
         "--crop_size 32", "--eval_size 0", "--scale 2 1", "--scale 0 1", "--colour_jitter 1.1",
         "--workers -1", "--val_every 0", "--patience -1", "--model vgg", "--kd_mode both",
         "--kd_levels top", "--typo 1", "--class_balance x", "--device tpu", "--amp on",
