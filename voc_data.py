@@ -318,7 +318,7 @@ class VOCDataset(Dataset):
     def __init__(self, items, cache_dir=None, workers=0):
         self.items, self.cache = items, None
         if cache_dir:
-            decoded = make_loader(self, workers)
+            decoded = DataLoader(self, None, num_workers=workers, worker_init_fn=ignore_ctrl_c)
             self.cache = cached_arrays("images", cache_dir, items, np.uint8, None, decoded)
 
     def __len__(self):
@@ -349,6 +349,7 @@ def ignore_ctrl_c(worker_id):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@functools.cache  # one for all validations: a signal while workers start or end could be lost
 def make_loader(dataset, workers, batch_size=None, **more):
     """A DataLoader with persistent workers and a random generator of its own."""
     more |= {"persistent_workers": workers > 0, "worker_init_fn": ignore_ctrl_c}
@@ -534,9 +535,8 @@ class ConfusionMatrix:
 def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     """ConfusionMatrix and mean cross-entropy of a network, image -> logits, over a VOCDataset.
 
-    The image is resized to a longest side of `eval_size` px (0: its own); the logits are upsampled
-    to the mask, which is never resized. Under torch.distributed each rank takes its share, and all
-    return the sums. `on_image` is called with index, mask and prediction (H, W) of each image."""
+    Images are resized to a longest side of `eval_size` px (0: their own), logits to their masks.
+    Ranks share the images, all return the sums. `on_image` gets index, mask (H, W), prediction."""
     model.eval()
     matrix, sums = ConfusionMatrix(device), torch.zeros(2, device=device)  # sums: loss, pixels
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -103,9 +103,7 @@ def test_signals_end_a_run_with_a_line_and_their_status(start, tiny_voc, tmp_pat
     processes = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = tmp_path / number.name
-        # No validation: a signal that meets the end of its loader, in a __del__, is lost.
-        flags = flags_of(tiny_voc, folder / "save", "--epochs", 500, "--val_every", 500)
-        flags += ["--workers", "1"]
+        flags = flags_of(tiny_voc, folder / "save", "--epochs", 500, "--workers", 1)
         processes[number] = start(folder, flags)
     for number, process in processes.items():
         folder = tmp_path / number.name
@@ -118,7 +116,7 @@ def test_signals_end_a_run_with_a_line_and_their_status(start, tiny_voc, tmp_pat
         assert "stopped in epoch" in output
         assert not re.search("KeyboardInterrupt|SystemExit|DataLoader worker", output), output
         state, lines = epochs_of(tmp_path / number.name / "save", "none")
-        assert state == lines >= 1 and not [*tmp_path.rglob("*.tmp")]
+        assert 1 <= lines <= state <= lines + 1 and not [*tmp_path.rglob("*.tmp")]
 
 
 def test_interrupted_run_equals_an_undisturbed_one(tiny_voc, teacher_file, tmp_path, monkeypatch):
