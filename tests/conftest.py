@@ -27,6 +27,13 @@ def load_test_script():
     return module
 
 
+@pytest.fixture(autouse=True)
+def stop_workers():
+    """The loaders of a script live to its end; here, to the end of a test."""
+    yield
+    voc_data.make_loader.cache_clear()
+
+
 def refuse_network(event, args):
     """Let no test reach another machine; the address of a socket of this one is a text."""
     if event == "socket.connect" and isinstance(args[1], tuple):
