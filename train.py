@@ -49,9 +49,9 @@ def get_args_parser():
     flag("--seed", type=in_range(0), default=0)
     flag("--temperature", type=in_range(0.01, kind=float), default=1.0, help="T of response mode")
     flag("--alpha", type=real, default=1.0, help="weight of the cross-entropy")
-    flag("--beta", type=real, help="of the distillation (None: 1 for response, 5 for feature)")
+    flag("--beta", type=real, help="of the distillation (None: 3 for response, 5 for feature)")
     flag("--kd_levels", nargs="+", choices=kd_losses.LEVELS, default=["high"])
-    flag("--class_balance", type=real, default=0.5, metavar="P", help="power of class weights")
+    flag("--class_balance", type=real, default=0.35, metavar="P", help="power of class weights")
     flag("--teacher", type=os.path.expanduser, default="fcn_resnet50", help="or a .pth, .pt2 file")
     flag("--teacher_weights", type=path, metavar="FILE", help="weights of --teacher on disk")
     flag("--extra_images", type=path, nargs="+", default=[], metavar="DIR", help="unlabelled "
@@ -224,7 +224,7 @@ def check_flags(args):
     if args.extra_images and args.kd_mode == "none":
         raise UsageError("--extra_images are for distillation: --kd_mode none cannot use them")
     if args.beta is None:
-        args.beta = {"none": 0.0, "response": 1.0, "feature": 5.0}[args.kd_mode]
+        args.beta = {"none": 0.0, "response": 3.0, "feature": 5.0}[args.kd_mode]
     if str(args.cache_dir) == "none":
         args.cache_dir = None
 
