@@ -220,7 +220,7 @@ class Teacher:
         return {key: cached_arrays(f"teacher-{key}", *arguments, maps(key)) for key in keys}
 
 
-class StudentAsTeacher(nn.Module):
+class StudentWithDict(nn.Module):  # with the outputs of a teacher
     def __init__(self, student):
         super().__init__()
         self.student = student
@@ -240,7 +240,7 @@ def load_teacher(name, weights_file, device):
         raise UsageError(f"--teacher {name} has its own weights: leave --teacher_weights out")
     if name.endswith(".pth"):
         student, checkpoint = load_student(name)
-        network = StudentAsTeacher(student).eval().to(device)
+        network = StudentWithDict(student).eval().to(device)
         return Teacher(network, name, checkpoint.get("eval_size") or TEACHER_SIZE, device)
     if name.endswith(".pt2"):
         return Teacher(load_exported(name, device), name, TEACHER_SIZE, device)

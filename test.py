@@ -4,12 +4,14 @@
     python test.py --visualize --num_vis 8                  with overlays: successes and failures
     python test.py --checkpoint A.pth B.pth                 these; several seeds give errors
     python test.py --checkpoint A.pth --image photo.jpg     overlays of your own images
+    python test.py --checkpoint A.pth --export A.pt2        a program for deployment
 
 Writes results.md, .tex and .json, per_class.md, per_class_iou.png and, from the histories
 beside the checkpoints, training_curves.png. score = 4 * mIoU / (1 + parameters in millions).
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from PIL import Image
 from tabulate import tabulate
 
 import voc_data
-from kd_losses import KD_MODES, STUDENTS, count_parameters, load_student, score
+from kd_losses import KD_MODES, STUDENTS, StudentWithDict, count_parameters, load_student, score
 from voc_data import CLASSES, NUM_CLASSES, VOID, DataError, UsageError, atomic_save, in_range, path
 
 
@@ -42,6 +44,7 @@ def get_args_parser():
     flag("--visualize", action="store_true", help="write overlays")
     flag("--num_vis", type=in_range(2), default=8, help="images in a sheet: best and worst")
     flag("--image", type=path, nargs="+", metavar="FILE", help="overlays of these, no measuring")
+    flag("--export", type=path, metavar="FILE.pt2", help="write a torch.export program instead")
     flag("--output_dir", type=path, help="default: report, or report/NAME for a selection")
     return parser
 
@@ -53,6 +56,8 @@ def main(args):
     if args.checkpoint:
         selection = "several" if args.checkpoint[1:] else args.checkpoint[0].stem
     output = args.output_dir or Path("report", selection)
+    if args.export:
+        return export(students, args.export)
     if args.image:
         return overlay_images(args.image, students, device, output)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.val_split)
@@ -354,6 +359,21 @@ def overlay_images(files, students, device, output):
         panels += [(student.label, image, predict(student, image, device)) for student in students]
         draw_sheet(panels, output / f"image_{file.stem}.jpg", columns=len(panels), inches=5)
         print(f"{file} -> {output / f'image_{file.stem}.jpg'}")
+
+
+# ------------------------------------------------------------------------------------------- export
+
+def export(students, file):
+    """Write a program for torch.export.load: normalised images (N, 3, H, W) of at least 17 px ->
+    {"out": logits, and the features "low", "mid" and "high"}."""
+    if students[1:]:
+        raise UsageError("--export takes one network: name one --checkpoint")
+    network, buffer = StudentWithDict(students[0].network).eval().cpu(), io.BytesIO()
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)  # of batch, height and width
+    program = torch.export.export(network, (torch.zeros(2, 3, 160, 192),), dynamic_shapes=(sizes,))
+    torch.export.save(program, buffer)
+    atomic_save(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    print(f"{students[0].file} -> {file}")
 
 
 if __name__ == "__main__":

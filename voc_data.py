@@ -1,11 +1,13 @@
 """PASCAL VOC 2012 (https://doi.org/10.1007/s11263-014-0733-5): data, metric, shared helpers.
 
-    python voc_data.py --data_root DIR     read all listed images, count those with each class
+    python voc_data.py --data_root DIR                read all listed images, count their classes
+    python voc_data.py --data_root DIR --add_sbd      add the masks of SBD and the list trainaug
 """
 
 import argparse
 import functools
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -24,6 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import SBDataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.ops import roi_align
@@ -166,6 +169,43 @@ def download_voc(folder):
     return folder / "VOC2012"
 
 
+def add_sbd(root, sbd_root=None):
+    """Add the masks of SBD (https://doi.org/10.1109/ICCV.2011.6126343) to a VOC tree, as PNGs in
+    SegmentationClassAug, and the list "trainaug": train and SBD without val. SBD is downloaded
+    (1.4 GB) where no copy is given. No file is replaced; an interrupted call can be repeated."""
+    if importlib.util.find_spec("scipy") is None:
+        raise DataError("the masks of SBD are .mat files: pip install scipy")
+    from scipy.io import loadmat  # not in requirements.txt
+    new, folder = root / "ImageSets/Segmentation/trainaug.txt", sbd_root or Path("data/SBD")
+    if new.exists():
+        raise DataError(f"{new} exists already: to make it from SBD, move it away")
+    train, val = read_split(root, "train"), read_split(root, "val")
+    if not sbd_root and not folder.is_dir():
+        unpacked = folder.with_name(".incomplete")
+        shutil.rmtree(unpacked, ignore_errors=True)
+        try:
+            SBDataset(unpacked, mode="segmentation", download=True)
+            unpacked.rename(folder)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"the download failed ({error}): name a copy, --sbd_root") from error
+    masks = {file.stem: file for file in folder.glob("**/cls/*.mat")}
+    if not masks:
+        raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
+    names = sorted(masks.keys() & dict(image_files(root / "JPEGImages")).keys() - {*val})
+    for name in tqdm(names, "SBD", leave=False, disable=None):
+        file = root / MASK_FOLDERS[1] / f"{name}.png"
+        if not file.exists():
+            try:
+                mask = Image.fromarray(loadmat(masks[name])["GTcls"]["Segmentation"][0, 0])
+            except Exception as error:  # scipy raises many kinds for a broken file
+                raise DataError(f"{masks[name]} cannot be read ({error})") from error
+            mask.putpalette(voc_palette().ravel().tolist())
+            atomic_save(file, lambda temporary: mask.save(temporary, "png"))
+    ids = list(dict.fromkeys(train + names))
+    atomic_save(new, "\n".join(ids) + "\n")
+    print(f"{new} has {len(ids)} images; {len(masks) - len(names)} of SBD are in val or missing")
+
+
 def image_id(name):
     """The id in a file name: only an image suffix is cut off, for ids may contain dots."""
     stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
@@ -184,7 +224,8 @@ def read_split(root, split, known=()):
     file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not file.is_file():
         lists = sorted(other.stem for other in file.parent.glob("[!.]*.txt"))
-        raise DataError(f"{file} does not exist; the lists of this data set: {lists}")
+        hint = "; python voc_data.py --add_sbd makes it" if split == "trainaug" else ""
+        raise DataError(f"{file} does not exist; the lists of this data set: {lists}{hint}")
     try:  # PowerShell writes UTF-16; Windows editors put a byte order mark in front
         is_utf_16 = file.read_bytes()[:1] in (b"\xff", b"\xfe")
         text = file.read_text("utf-16" if is_utf_16 else "utf-8-sig")
@@ -626,6 +667,8 @@ def draw_sample(rng):
 def main(args):
     """Read every listed image and mask, print images per class and all that is wrong."""
     root, problems, table = find_voc(args.data_root), set(), {"images with": CLASSES}
+    if args.add_sbd:
+        add_sbd(root, args.sbd_root)
     for split in sorted(f.stem for f in root.glob("ImageSets/Segmentation/[!.]*.txt")) or ["train"]:
         images_with = np.zeros(256, dtype=np.int64)
         try:
@@ -647,4 +690,6 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Check a VOC 2012 data set.")
     parser.add_argument("--data_root", type=path, help="where VOC 2012 is, or 'sample'")
+    parser.add_argument("--add_sbd", action="store_true", help="add the list trainaug, with masks")
+    parser.add_argument("--sbd_root", type=path, metavar="DIR", help="a copy of SBD, for --add_sbd")
     run(main, parser.parse_args())

@@ -62,6 +62,10 @@ def write_list(root, split, content):
     (root / f"ImageSets/Segmentation/{split}.txt").write_bytes(content)
 
 
+def checker_flags(root, add_sbd=False, sbd_root=None):
+    return argparse.Namespace(data_root=root, add_sbd=add_sbd, sbd_root=sbd_root)
+
+
 @pytest.mark.parametrize("where, given", [
     (OFFICIAL, OFFICIAL), (OFFICIAL, "VOCdevkit"), (OFFICIAL, "VOCdevkit/"), (OFFICIAL, "."),
     (f"data/{OFFICIAL}", "."), (".", "."), ("pascal", "pascal"), ("VOC2012", "."), (DOUBLED, "."),
@@ -73,7 +77,7 @@ def test_layout_is_found_read_and_left_alone(where, given, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     data_root = voc_data.path(f"{tmp_path / 'user'}/{given}")
     assert find_voc(data_root).samefile(tree)
-    voc_data.main(argparse.Namespace(data_root=data_root))
+    voc_data.main(checker_flags(data_root))
     assert "every listed image and mask can be read" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
@@ -191,11 +195,55 @@ def test_extra_images_are_those_without_labels(tmp_path):
             voc_data.list_extra_images([photos, tmp_path / folder], root, {*"abcd"})
 
 
+def make_sbd(folder, *names):
+    scipy, content = pytest.importorskip("scipy.io"), np.full((24, 36), 7, np.uint8)
+    (folder / "cls").mkdir(parents=True)
+    for name in names:
+        scipy.savemat(folder / f"cls/{name}.mat", {"GTcls": {"Segmentation": content}})
+    return folder
+
+
+def test_masks_of_sbd_make_trainaug_without_val(tmp_path, monkeypatch, capsys):
+    root = make_voc(tmp_path / "voc", ["a"], ["b"])
+    new = root / "ImageSets/Segmentation/trainaug.txt"
+    for name in ("c", "d"):
+        Image.fromarray(noise()).save(root / f"JPEGImages/{name}.jpg")
+    with refused(match="trainaug.txt does not exist.*--add_sbd makes it"):
+        list_items(root, "trainaug")
+    sbd = make_sbd(tmp_path / "sbd/benchmark_RELEASE/dataset", *"abcde")
+    (root / "SegmentationClassAug").mkdir()
+    save_mask(root / "SegmentationClassAug/c.png", np.full((24, 36), 3))
+    whole = (sbd / "cls/d.mat").read_bytes()
+    (sbd / "cls/d.mat").write_text("no mask")
+    with refused(match="d.mat cannot be read"):
+        voc_data.main(checker_flags(root, True, tmp_path / "sbd"))
+    assert not new.exists()
+    (sbd / "cls/d.mat").write_bytes(whole)
+    voc_data.main(checker_flags(root, True, tmp_path / "sbd"))  # and checks all lists
+    assert "3 images; 2 of SBD" in capsys.readouterr().out
+    labels = {item.id: read_mask(item.mask)[0, 0] for item in list_items(root, "trainaug")}
+    assert labels == {"a": 1, "c": 3, "d": 7}  # VOC's own; as it was; new
+    with refused(match="exists already"):
+        voc_data.main(checker_flags(root, True, tmp_path / "sbd"))
+    new.unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(voc_data, "SBDataset", lambda root, **_: make_sbd(root, "d"))
+    voc_data.main(checker_flags(root, True))
+    assert [item.id for item in list_items(root, "trainaug")] == ["a", "d"]
+    new.unlink()
+    monkeypatch.setattr(voc_data, "SBDataset", mock.Mock(side_effect=OSError("no network")))
+    shutil.rmtree("data/SBD")
+    with refused(match="no network.*--sbd_root"):
+        voc_data.main(checker_flags(root, True))
+    monkeypatch.setattr(voc_data.importlib.util, "find_spec", lambda _: None)
+    with refused(match="pip install scipy"):
+        voc_data.main(checker_flags(root, True))
+
+
 def test_checker_without_a_list(tmp_path):
-    root = make_voc(tmp_path / "voc")
-    shutil.rmtree(root / "ImageSets/Segmentation")
+    shutil.rmtree(make_voc(tmp_path) / "ImageSets/Segmentation")
     with refused(match="1 problems\n.*train.txt does not exist"):
-        voc_data.main(argparse.Namespace(data_root=root))
+        voc_data.main(checker_flags(tmp_path))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -213,7 +261,7 @@ def test_binary_masks_are_refused_by_training_evaluation_and_checker(split, tmp_
     with refused(match="background"):
         voc_data.evaluate(*arguments, torch.device("cpu"))
     with refused(match=f"1 problems\n.*{split}.*background"):
-        voc_data.main(argparse.Namespace(data_root=root))
+        voc_data.main(checker_flags(root))
 
 
 GREY, NEGATIVE = np.arange(256)[:, None].repeat(3, axis=1), 255 - PALETTE // 2
@@ -252,7 +300,7 @@ def test_broken_file_is_named_by_reader_and_checker(break_it, words, tmp_path):
         voc_data.read_item(item)
     write_list(root, "trainval", b"a\nb\n")
     with refused(match=words) as error:
-        voc_data.main(argparse.Namespace(data_root=root))
+        voc_data.main(checker_flags(root))
     assert len(str(error.value).splitlines()) == 2  # named once, though two lists have it
 
 
