@@ -241,9 +241,10 @@ def test_masks_of_sbd_make_trainaug_without_val(tmp_path, monkeypatch, capsys):
 
 
 def test_checker_without_a_list(tmp_path):
-    shutil.rmtree(make_voc(tmp_path) / "ImageSets/Segmentation")
+    root = make_voc(tmp_path / "voc")
+    shutil.rmtree(root / "ImageSets/Segmentation")
     with refused(match="1 problems\n.*train.txt does not exist"):
-        voc_data.main(checker_flags(tmp_path))
+        voc_data.main(checker_flags(root))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -95,8 +95,8 @@ def test_rows_are_in_order_and_say_what_evaluate_says(tested, files, tiny_voc):
 
 def test_tables_agree_in_all_formats(tested):
     output, rows = tested
-    names = "results.md", "results.tex", "results.json", "per_class.md"
-    text = {name: (output / name).read_text("utf-8") for name in names}
+    text = {name: (output / name).read_text("utf-8") for name in os.listdir(output)
+            if name.endswith((".md", ".tex", ".json"))}  # fmt: skip
     json.loads(text["results.json"], parse_constant=pytest.fail)  # NaN is no JSON
     lines, latex = text["results.md"].splitlines(), text["results.tex"].splitlines()
     names = [cell.strip() for cell in lines[0].strip("|").split("|")]
@@ -155,7 +155,7 @@ def test_damaged_results_are_named(name, files, tiny_voc, tmp_path):
 
 def test_teacher_of_another_device_is_left_out(tmp_path):
     like = {"split": "val", "images": 8, "device": "cpu"}
-    for number, row in enumerate((like, like | {"device": "cuda"}, like | {"images": 9})):
+    for number, row in enumerate([like, like | {"device": "cuda"}, like | {"images": 9}]):
         (tmp_path / f"teacher_{number}.json").write_text(json.dumps(row))
     assert script.teacher_rows(tmp_path, like) == [like]
 
@@ -196,7 +196,8 @@ def test_selections(files, tiny_voc, tmp_path, monkeypatch, capsys):
     assert "results.md" in os.listdir("report/best_model_ultracompact_none")
     run(script, "--checkpoint", *files[:2], "--data_root", tiny_voc, "--eval_size", 50)
     run(script, "--model", "ultracompact", "--save_dir", files[0].parent, "--data_root", tiny_voc)
-    assert '"final_val_miou": null' in Path("report/several/results.json").read_text()  # other size
+    other = json.loads(Path("report/several/results.json").read_text())
+    assert [row["final_val_miou"] for row in other] == [None, None]  # of another size
     assert {*os.listdir("report")} == {"best_model_ultracompact_none", "several", "ultracompact"}
     with pytest.raises(UsageError, match="--model standard"):
         run(script, "--checkpoint", files[0], "--model", "standard", "--data_root", tiny_voc)
