@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import unicodedata
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ NUM_CLASSES = len(CLASSES)
 VOID = 255  # a pixel without a label: object borders, and padding
 UNLABELLED = 254  # a pixel of an image without a mask; never in a file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EVAL_BATCH = {"cpu": 1}  # elsewhere 16: a GPU waits for the launches of small operations
 STRIDES = {"out": 4, "low": 4, "mid": 8, "high": 16}  # of a student's logits and features
 
 
@@ -530,8 +531,10 @@ def normalise(images, jitter=None):
 
 
 def network_input(pixels, longest, device):
-    """(H, W, 3) uint8 -> normalised (1, 3, h, w), max(h, w) being `longest` or, for 0, its own."""
-    pixels = torch.as_tensor(pixels[..., :3]).to(device).permute(2, 0, 1)[None]
+    """One or N images (H, W, 3), uint8 -> normalised (N, 3, h, w), max(h, w) being `longest` px or,
+    for 0, their own."""
+    pixels = torch.as_tensor(pixels).to(device)
+    pixels = pixels.view(-1, *pixels.shape[-3:])[..., :3].permute(0, 3, 1, 2)
     factor = longest / max(pixels.shape[-2:]) if longest else 1
     size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
     return normalise(TF.resize(pixels, size))
@@ -572,6 +575,17 @@ class ConfusionMatrix:
         return tabulate(rows.items(), headers=("class", "IoU"), floatfmt=".4f")
 
 
+def batches_of_one_size(samples, batch_size):
+    """Group (index, image) pairs into batches, a list each, of images of one shape."""
+    waiting = defaultdict(list)
+    for index, pixels in samples:
+        batch = waiting[tuple(pixels.shape)]
+        batch.append((index, pixels))
+        if len(batch) == batch_size:
+            yield waiting.pop(tuple(pixels.shape))
+    yield from waiting.values()
+
+
 @torch.inference_mode()
 def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     """ConfusionMatrix and mean cross-entropy of a network, image -> logits, over a VOCDataset.
@@ -583,17 +597,18 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = range(rank, len(images), world_size)
     loader = make_loader(images, workers, sampler=shard, pin_memory=device.type == "cuda")
-    for index, pixels in zip(shard, loader):
-        pixels = torch.as_tensor(pixels).to(device, non_blocking=True)
-        target = pixels[None, ..., 3]  # (1, H, W)
+    for batch in batches_of_one_size(zip(shard, loader), EVAL_BATCH.get(device.type, 16)):
+        pixels = [torch.as_tensor(p).to(device, non_blocking=True) for _, p in batch]
+        pixels = torch.stack(pixels)  # (N, H, W, 4)
+        target = pixels[..., 3]
         logits = model(network_input(pixels, eval_size, device)).float()
         logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
         prediction = logits.max(dim=1).indices  # on a CPU faster than argmax
         matrix.update(target, prediction)
         loss = F.cross_entropy(logits, target.long(), ignore_index=VOID, reduction="sum")
         sums += torch.stack([loss, (target != VOID).sum()])
-        if on_image:
-            on_image(index, target[0], prediction[0])
+        for (index, _), *maps in zip(batch, target, prediction) if on_image else ():
+            on_image(index, *maps)
     if dist.is_initialized():
         dist.all_reduce(matrix.counts)
         dist.all_reduce(sums)
