@@ -68,6 +68,7 @@ def get_args_parser():
     flag("--no_pretrained", action="store_true", help="start from random weights")
     flag("--init", type=path, metavar="FILE", help="start from the weights of a checkpoint")
     flag("--amp", choices=("auto", "off"), default="auto", help="mixed precision on CUDA")
+    flag("--compile", action="store_true", help="torch.compile of the student and the losses")
     flag("--save_dir", type=path, default="checkpoints")
     flag("--resume", choices=("auto", "none"), default="auto", help="auto: from last_*.pth")
     flag("--overwrite", action="store_true", help="a fresh start may replace older results")
@@ -100,6 +101,8 @@ def main(args):
     history = state["history"] if state else []
     for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
         parts[name].load_state_dict(state[name])
+    if args.compile:
+        model.compile(fullgraph=True)
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     network.broadcast_buffers = False  # BatchNorm statistics stay local
     if RANK == 0:
@@ -136,6 +139,7 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
     torch.manual_seed(args.seed * 1_000_003 + epoch * 1_009 + RANK)  # of dropout
     loader.batch_sampler.epoch = epoch
     network.train()
+    criterion = torch.compile(compute_losses, fullgraph=True) if args.compile else compute_losses
     totals = torch.zeros(3, device=device)
     progress = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", leave=False, unit="step",
                     disable=None if RANK == 0 else True)  # fmt: skip
@@ -149,7 +153,7 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
         with torch.autocast(device.type, half, enabled=half is not None):
             targets = teacher(images) if teacher and args.cache_dir is None else batch
             logits, features = network(images)  # (N, 21, H/4, W/4), {level: (N, C, h, w)}
-        losses = compute_losses(args, logits, features, batch["mask"], targets, weights)
+        losses = criterion(args, logits, features, batch["mask"], targets, weights)
         optimizer.zero_grad()
         scaler.scale(losses["loss"]).backward()
         scaler.step(optimizer)

@@ -1,5 +1,6 @@
 """Trainings of a few steps on a tiny data set, and what train.py's flags, files and lines say."""
 
+import functools
 import json
 import os
 import re
@@ -91,6 +92,15 @@ def test_losses_fall_and_add_up_and_the_history_says_so(runs, mode):
     assert [r["epoch"] for r in history if "val_miou" in r] == [3, 4]  # and after the last
     assert all(record["images"] == 24 and record["seconds"] > 0 for record in history)
     assert 0 < history[-1]["lr"] < history[0]["lr"] < 0.01
+
+
+def test_compiled_run_has_equal_losses(runs, tiny_voc, teacher_file, tmp_path, monkeypatch):
+    """Student and losses are one graph each, or fullgraph=True raises; without a backend's minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for mode in MODES:
+        flags = ["--teacher", teacher_file, "--compile", "--val_every", 4, "--kd_mode", mode]
+        for one, other in zip(runs[1][mode], trained(tiny_voc, tmp_path / "save", *flags)):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
