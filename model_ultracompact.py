@@ -124,7 +124,7 @@ class UltraCompactSegmentationModel(nn.Module):
         x = self.fuse_low(x, low)  # (N, 32, H/4, W/4)
         logits = self.classifier(x)  # (N, num_classes, H/4, W/4)
         if upsample:
-            logits = F.interpolate(logits, size=image.shape[-2:], mode="bilinear")
+            logits = F.interpolate(logits.contiguous(), size=image.shape[-2:], mode="bilinear")
         return (logits, {"low": low, "mid": mid, "high": high}) if return_features else logits
 
 

@@ -368,7 +368,8 @@ def export(students, file):
     {"out": logits, and the features "low", "mid" and "high"}."""
     if students[1:]:
         raise UsageError("--export takes one network: name one --checkpoint")
-    network, buffer = StudentWithDict(students[0].network).eval().cpu(), io.BytesIO()
+    network, buffer = StudentWithDict(students[0].network).eval(), io.BytesIO()
+    network.to("cpu", memory_format=torch.contiguous_format)
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)  # of batch, height and width
     program = torch.export.export(network, (torch.zeros(2, 3, 160, 192),), dynamic_shapes=(sizes,))
     torch.export.save(program, buffer)

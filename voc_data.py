@@ -537,7 +537,7 @@ def network_input(pixels, longest, device):
     pixels = pixels.view(-1, *pixels.shape[-3:])[..., :3].permute(0, 3, 1, 2)
     factor = longest / max(pixels.shape[-2:]) if longest else 1
     size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
-    return normalise(TF.resize(pixels, size))
+    return normalise(TF.resize(pixels, size)).contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------- the metric, the speed

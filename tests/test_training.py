@@ -97,7 +97,7 @@ def test_losses_fall_and_add_up_and_the_history_says_so(runs, mode):
 def test_compiled_run_has_equal_losses(runs, tiny_voc, teacher_file, tmp_path, monkeypatch):
     """Student and losses are one graph each, or fullgraph=True raises; without a backend's minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for mode in MODES:
+    for mode in MODES[1:]:
         flags = ["--teacher", teacher_file, "--compile", "--val_every", 4, "--kd_mode", mode]
         for one, other in zip(runs[1][mode], trained(tiny_voc, tmp_path / "save", *flags)):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
