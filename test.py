@@ -41,11 +41,12 @@ def get_args_parser():
     voc_data.add_data_flags(flag)
     flag("--eval_size", type=in_range(0), help="longest side of the images in px, 0 for their own "
          "(default: that of the training's validation)")  # fmt: skip
-    flag("--visualize", action="store_true", help="write overlays")
     flag("--num_vis", type=in_range(2), default=8, help="images in a sheet: best and worst")
+    flag("--output_dir", type=path, help="default: report, or report/NAME for a selection")
+    flag = parser.add_mutually_exclusive_group().add_argument
+    flag("--visualize", action="store_true", help="write overlays")
     flag("--image", type=path, nargs="+", metavar="FILE", help="overlays of these, no measuring")
     flag("--export", type=path, metavar="FILE.pt2", help="write a torch.export program instead")
-    flag("--output_dir", type=path, help="default: report, or report/NAME for a selection")
     return parser
 
 
@@ -366,15 +367,16 @@ def overlay_images(files, students, device, output):
 def export(students, file):
     """Write a program for torch.export.load: normalised images (N, 3, H, W) of at least 17 px ->
     {"out": logits, and the features "low", "mid" and "high"}."""
-    if students[1:]:
-        raise UsageError("--export takes one network: name one --checkpoint")
+    if students[1:] or file.suffix != ".pt2":
+        raise UsageError(f"--export {file}: name one --checkpoint and a FILE.pt2")
     network, buffer = StudentWithDict(students[0].network).eval(), io.BytesIO()
-    network.to("cpu", memory_format=torch.contiguous_format)
+    network.requires_grad_(False).to("cpu", memory_format=torch.contiguous_format)
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)  # of batch, height and width
     program = torch.export.export(network, (torch.zeros(2, 3, 160, 192),), dynamic_shapes=(sizes,))
     torch.export.save(program, buffer)
     atomic_save(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-    print(f"{students[0].file} -> {file}")
+    print(f"{students[0].file} -> {file}; its images had a longest side of "
+          f"{students[0].eval_size or 'any'} px")  # fmt: skip
 
 
 if __name__ == "__main__":

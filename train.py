@@ -124,6 +124,9 @@ def main(args):
         if RANK == 0:
             print(f"\nstopped in epoch {len(history) + 1}: with --resume auto it goes on there")
         raise
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = kd_losses.first_line(error)
+        raise UsageError(f"--compile does not work here ({reason}): leave it out") from error
     if RANK == 0 and best_epoch(history):
         write_summary(args, history, settings)
         print(report(history, settings).partition("\n\nSettings")[0])
@@ -337,7 +340,7 @@ class EMA:
 # ---------------------------------------------------------------------------------- resume and save
 
 MAY_CHANGE = {"resume", "overwrite", "device", "workers", "save_dir", "data_root", "cache_dir",
-              "epochs", "patience"}  # on a resume  # fmt: skip
+              "epochs", "patience", "compile"}  # on a resume  # fmt: skip
 
 
 def run_file(args, kind):

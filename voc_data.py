@@ -7,7 +7,6 @@
 import argparse
 import functools
 import hashlib
-import importlib.util
 import math
 import os
 import re
@@ -41,7 +40,7 @@ NUM_CLASSES = len(CLASSES)
 VOID = 255  # a pixel without a label: object borders, and padding
 UNLABELLED = 254  # a pixel of an image without a mask; never in a file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVAL_BATCH = {"cpu": 1}  # elsewhere 16: a GPU waits for the launches of small operations
+EVAL_PIXELS = {"cpu": 1}  # a batch, elsewhere 3 million: a GPU waits for launches
 STRIDES = {"out": 4, "low": 4, "mid": 8, "high": 16}  # of a student's logits and features
 
 
@@ -151,60 +150,62 @@ def find_voc(data_root=None):
             deep = len(Path(folder).relative_to(place).parts) >= 7
             names[:] = sorted(n for n in names if not deep and not n.startswith((".", "__")))
     if data_root is None:
-        return download_voc(Path("data"))
+        voc = DATASET_YEAR_DICT["2012"]
+        return download(voc, "VOCdevkit/VOC2012", Path("data/VOC2012"), f"unpack {voc['url']} into "
+                        "./data, or use --data_root DIR or --data_root sample")  # fmt: skip
     raise DataError(f"{data_root} has no folder with JPEGImages, SegmentationClass and ImageSets: "
                     "unpack it, or leave --data_root out to download VOC")  # fmt: skip
 
 
-def download_voc(folder):
-    """Download VOC 2012 train/val by torchvision, md5-checked; it appears when it is complete."""
-    voc, unpacked = DATASET_YEAR_DICT["2012"], folder / ".incomplete"
-    print(f"VOC 2012 was not found: downloading {voc['url']} into {folder}")
+def download(archive, inner, target, hint):
+    """Download a {"url", "filename", "md5"} by torchvision; its folder `inner` becomes `target`
+    when it is complete. An archive that is beside it already is used."""
+    unpacked, url = target.with_name(f".{target.name}"), archive["url"]
+    print(f"{target} is not there: downloading {url}")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        download_and_extract_archive(voc["url"], folder, unpacked, voc["filename"], voc["md5"])
-        (unpacked / "VOCdevkit/VOC2012").rename(folder / "VOC2012")  # beside a VOCdevkit, if any
+        files = target.parent, unpacked, archive["filename"]
+        download_and_extract_archive(url, *files, archive["md5"])
+        (unpacked / inner).rename(target)
     except (OSError, RuntimeError) as error:
-        hint = f"unpack {voc['url']} into ./data, or use --data_root DIR or --data_root sample"
         raise DataError(f"the download failed ({error}): {hint}") from error
-    return folder / "VOC2012"
+    return target
 
 
 def add_sbd(root, sbd_root=None):
     """Add the masks of SBD (https://doi.org/10.1109/ICCV.2011.6126343) to a VOC tree, as PNGs in
     SegmentationClassAug, and the list "trainaug": train and SBD without val. SBD is downloaded
     (1.4 GB) where no copy is given. No file is replaced; an interrupted call can be repeated."""
-    if importlib.util.find_spec("scipy") is None:
-        raise DataError("the masks of SBD are .mat files: pip install scipy")
-    from scipy.io import loadmat  # not in requirements.txt
+    try:
+        from scipy.io import loadmat  # not in requirements.txt
+    except ImportError as error:
+        raise DataError("the masks of SBD are .mat files: pip install scipy") from error
     new, folder = root / "ImageSets/Segmentation/trainaug.txt", sbd_root or Path("data/SBD")
     if new.exists():
         raise DataError(f"{new} exists already: to make it from SBD, move it away")
     train, val = read_split(root, "train"), read_split(root, "val")
+    if not os.access(root, os.W_OK):  # as in /kaggle/input
+        raise DataError(f"{root} cannot be written: copy it and name the copy, --data_root")
     if not sbd_root and not folder.is_dir():
-        unpacked = folder.with_name(".incomplete")
-        shutil.rmtree(unpacked, ignore_errors=True)
-        try:
-            SBDataset(unpacked, mode="segmentation", download=True)
-            unpacked.rename(folder)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"the download failed ({error}): name a copy, --sbd_root") from error
-    masks = {file.stem: file for file in folder.glob("**/cls/*.mat")}
+        archive = {"url": SBDataset.url, "filename": SBDataset.filename, "md5": SBDataset.md5}
+        download(archive, "benchmark_RELEASE/dataset", folder, "name a copy, --sbd_root DIR")
+    masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in {*val}}
     if not masks:
         raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
-    names = sorted(masks.keys() & dict(image_files(root / "JPEGImages")).keys() - {*val})
+    images = dict(image_files(root / "JPEGImages"))
+    names = sorted(masks.keys() & images.keys())
     for name in tqdm(names, "SBD", leave=False, disable=None):
         file = root / MASK_FOLDERS[1] / f"{name}.png"
         if not file.exists():
             try:
                 mask = Image.fromarray(loadmat(masks[name])["GTcls"]["Segmentation"][0, 0])
+                mask.putpalette(voc_palette().ravel().tolist())
             except Exception as error:  # scipy raises many kinds for a broken file
                 raise DataError(f"{masks[name]} cannot be read ({error})") from error
-            mask.putpalette(voc_palette().ravel().tolist())
             atomic_save(file, lambda temporary: mask.save(temporary, "png"))
     ids = list(dict.fromkeys(train + names))
     atomic_save(new, "\n".join(ids) + "\n")
-    print(f"{new} has {len(ids)} images; {len(masks) - len(names)} of SBD are in val or missing")
+    print(f"{new} has {len(ids)} images; {len(masks) - len(names)} of SBD are not in this VOC")
 
 
 def image_id(name):
@@ -575,14 +576,16 @@ class ConfusionMatrix:
         return tabulate(rows.items(), headers=("class", "IoU"), floatfmt=".4f")
 
 
-def batches_of_one_size(samples, batch_size):
-    """Group (index, image) pairs into batches, a list each, of images of one shape."""
+def batches_of_one_size(samples, pixels):
+    """Group (index, image) pairs into batches, a list each, of images of one shape that have so
+    many pixels together, or fewer at the end and where 16 times as many wait."""
     waiting = defaultdict(list)
-    for index, pixels in samples:
-        batch = waiting[tuple(pixels.shape)]
-        batch.append((index, pixels))
-        if len(batch) == batch_size:
-            yield waiting.pop(tuple(pixels.shape))
+    for index, image in samples:
+        waiting[tuple(image.shape)].append((index, image))
+        areas = {shape: len(batch) * shape[0] * shape[1] for shape, batch in waiting.items()}
+        largest = max(areas, key=areas.get)
+        if areas[largest] >= pixels or sum(areas.values()) >= 16 * pixels:
+            yield waiting.pop(largest)
     yield from waiting.values()
 
 
@@ -597,7 +600,7 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = range(rank, len(images), world_size)
     loader = make_loader(images, workers, sampler=shard, pin_memory=device.type == "cuda")
-    for batch in batches_of_one_size(zip(shard, loader), EVAL_BATCH.get(device.type, 16)):
+    for batch in batches_of_one_size(zip(shard, loader), EVAL_PIXELS.get(device.type, 3_000_000)):
         pixels = [torch.as_tensor(p).to(device, non_blocking=True) for _, p in batch]
         pixels = torch.stack(pixels)  # (N, H, W, 4)
         target = pixels[..., 3]
@@ -682,7 +685,7 @@ def draw_sample(rng):
 def main(args):
     """Read every listed image and mask, print images per class and all that is wrong."""
     root, problems, table = find_voc(args.data_root), set(), {"images with": CLASSES}
-    if args.add_sbd:
+    if args.add_sbd or args.sbd_root:
         add_sbd(root, args.sbd_root)
     for split in sorted(f.stem for f in root.glob("ImageSets/Segmentation/[!.]*.txt")) or ["train"]:
         images_with = np.zeros(256, dtype=np.int64)
@@ -706,5 +709,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Check a VOC 2012 data set.")
     parser.add_argument("--data_root", type=path, help="where VOC 2012 is, or 'sample'")
     parser.add_argument("--add_sbd", action="store_true", help="add the list trainaug, with masks")
-    parser.add_argument("--sbd_root", type=path, metavar="DIR", help="a copy of SBD, for --add_sbd")
+    parser.add_argument("--sbd_root", type=path, metavar="DIR", help="the same, with a copy of SBD")
     run(main, parser.parse_args())

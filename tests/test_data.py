@@ -99,7 +99,7 @@ def test_other_years_test_sets_and_hidden_folders_are_passed_over(tmp_path, monk
 def test_kagglehub_cache_is_searched_after_the_data_folder(where, tmp_path, monkeypatch):
     tree = make_voc(tmp_path / "hub" / KAGGLE / "versions/1" / where)
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(voc_data, "download_voc", lambda folder: pytest.fail("it downloads"))
+    monkeypatch.setattr(voc_data, "download", lambda *_: pytest.fail("it downloads"))
     monkeypatch.chdir(tmp_path)
     assert find_voc().samefile(tree)
     own = make_voc(tmp_path / "disk" / OFFICIAL)
@@ -214,28 +214,32 @@ def test_masks_of_sbd_make_trainaug_without_val(tmp_path, monkeypatch, capsys):
     (root / "SegmentationClassAug").mkdir()
     save_mask(root / "SegmentationClassAug/c.png", np.full((24, 36), 3))
     whole = (sbd / "cls/d.mat").read_bytes()
-    (sbd / "cls/d.mat").write_text("no mask")
+    (sbd / "cls/d.mat").write_text("no mask")  # a call that breaks off
     with refused(match="d.mat cannot be read"):
         voc_data.main(checker_flags(root, True, tmp_path / "sbd"))
     assert not new.exists()
     (sbd / "cls/d.mat").write_bytes(whole)
     voc_data.main(checker_flags(root, True, tmp_path / "sbd"))  # and checks all lists
-    assert "3 images; 2 of SBD" in capsys.readouterr().out
+    assert "3 images; 1 of SBD are not in this VOC" in capsys.readouterr().out
     labels = {item.id: read_mask(item.mask)[0, 0] for item in list_items(root, "trainaug")}
     assert labels == {"a": 1, "c": 3, "d": 7}  # VOC's own; as it was; new
     with refused(match="exists already"):
         voc_data.main(checker_flags(root, True, tmp_path / "sbd"))
     new.unlink()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(voc_data, "SBDataset", lambda root, **_: make_sbd(root, "d"))
-    voc_data.main(checker_flags(root, True))
-    assert [item.id for item in list_items(root, "trainaug")] == ["a", "d"]
-    new.unlink()
-    monkeypatch.setattr(voc_data, "SBDataset", mock.Mock(side_effect=OSError("no network")))
-    shutil.rmtree("data/SBD")
+    fake = mock.Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(voc_data, "download_and_extract_archive", fake)
     with refused(match="no network.*--sbd_root"):
         voc_data.main(checker_flags(root, True))
-    monkeypatch.setattr(voc_data.importlib.util, "find_spec", lambda _: None)
+    fake.side_effect = lambda *args: make_sbd(args[2] / "benchmark_RELEASE/dataset", "d")
+    voc_data.main(checker_flags(root, True))
+    assert [item.id for item in list_items(root, "trainaug")] == ["a", "d"]
+    assert fake.call_args.args[4] == "82b4d87ceb2ed10f6038a1cba92111cb"
+    new.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with refused(match=f"{root} cannot be written.*--data_root"):
+        voc_data.main(checker_flags(root, True))
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
     with refused(match="pip install scipy"):
         voc_data.main(checker_flags(root, True))
 

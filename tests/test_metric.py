@@ -82,11 +82,28 @@ def images(tiny_voc):
     return VOCDataset(voc_data.list_items(tiny_voc, "val"))
 
 
-@pytest.mark.parametrize("stride, eval_size, batch", [(1, 0, 1), (4, 0, 3), (4, 80, 2)])
+def test_batches_have_one_size_and_few_images_wait():
+    sizes = [(10, 10), (20, 10), (10, 10), (20, 10), (10, 10), (30, 30)]
+    samples = list(enumerate(np.zeros((*size, 4), np.uint8) for size in sizes))
+    for pixels, expected in [
+        (1, [[0], [1], [2], [3], [4], [5]]), (300, [[1, 3], [0, 2, 4], [5]]),
+        (10**6, [[0, 2, 4], [1, 3], [5]]),
+    ]:  # fmt: skip
+        batches = voc_data.batches_of_one_size(samples, pixels)
+        assert [[index for index, _ in batch] for batch in batches] == expected
+    taken, given = [], []
+    many = (taken.append(n) or (n, np.zeros((n, 1, 4), np.uint8)) for n in range(1, 100))
+    for batch in voc_data.batches_of_one_size(many, 100):  # images of n pixels, no two alike
+        given += [index for index, _ in batch]
+        assert sum(taken) - sum(given) < 1600
+    assert sorted(given) == taken
+
+
+@pytest.mark.parametrize("stride, eval_size, limit", [(1, 0, 1), (4, 0, 10**9), (4, 80, 10**9)])
 def test_evaluate_counts_at_the_size_of_the_mask_as_done_by_hand(
-    images, stride, eval_size, batch, monkeypatch
+    images, stride, eval_size, limit, monkeypatch
 ):
-    monkeypatch.setattr(voc_data, "EVAL_BATCH", {"cpu": batch})
+    monkeypatch.setattr(voc_data, "EVAL_PIXELS", {"cpu": limit})
     images = VOCDataset(images.items + images.items[:3])  # some of one size
     network, shown, counts, losses, sizes = ColourNet(stride), {}, 0, [], []
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
@@ -106,8 +123,8 @@ def test_evaluate_counts_at_the_size_of_the_mask_as_done_by_hand(
         losses.append(-log_p[np.where(mask < 21, mask, 0), *np.indices(mask.shape)][mask != VOID])
         assert np.array_equal(shown[index][0], mask)
         assert (shown[index][1].numpy() == best).mean() > 0.999
-    passes = {size: -(-number // batch) for size, number in Counter(sizes).items()}
-    assert Counter(network.seen) == passes and len(passes) > 1 and len(shown) == 11
+    passes = Counter(sizes) if limit == 1 else Counter({*sizes})
+    assert Counter(network.seen) == passes and len({*sizes}) > 1 and len(shown) == 11
     # A few pixels have two best logits that are equal but for rounding.
     assert np.abs(matrix.counts.numpy() - counts).sum() <= 4e-4 * counts.sum()
     assert loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-4)

@@ -98,8 +98,11 @@ def test_compiled_run_has_equal_losses(runs, tiny_voc, teacher_file, tmp_path, m
     """Student and losses are one graph each, or fullgraph=True raises; without a backend's minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for mode in MODES[1:]:
+        torch._dynamo.utils.counters.clear()
         flags = ["--teacher", teacher_file, "--compile", "--val_every", 4, "--kd_mode", mode]
-        for one, other in zip(runs[1][mode], trained(tiny_voc, tmp_path / "save", *flags)):
+        history = trained(tiny_voc, tmp_path / "save", *flags)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        for one, other in zip(runs[1][mode], history, strict=True):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
