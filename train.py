@@ -239,6 +239,8 @@ def check_flags(args):
 def init_processes(args):
     """The device of this process, which joins the others if torchrun started several."""
     if torch.cuda.is_available() and args.device != "cpu":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UsageError(f"one process a GPU: --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
         wait, attempt = timedelta(hours=2), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -430,3 +430,11 @@ def test_unknown_name_and_missing_download_say_what_to_do(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="no route to host.*--teacher_weights") as caught:
         kd_losses.load_teacher("lraspp_mobilenet_v3_large", None, CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train, "LOCAL_RANK", 2)
+    with pytest.raises(UsageError, match="--nproc_per_node=2"):
+        train.init_processes(SimpleNamespace(device=None))
