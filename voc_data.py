@@ -599,6 +599,7 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     matrix, sums = ConfusionMatrix(device), torch.zeros(2, device=device)  # sums: loss, pixels
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = range(rank, len(images), world_size)
+    workers = 0 if images.cache else workers  # processes would only copy
     loader = make_loader(images, workers, sampler=shard, pin_memory=device.type == "cuda")
     for batch in batches_of_one_size(zip(shard, loader), EVAL_PIXELS.get(device.type, 3_000_000)):
         pixels = [torch.as_tensor(p).to(device, non_blocking=True) for _, p in batch]
