@@ -40,7 +40,7 @@ NUM_CLASSES = len(CLASSES)
 VOID = 255  # a pixel without a label: object borders, and padding
 UNLABELLED = 254  # a pixel of an image without a mask; never in a file
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVAL_PIXELS = {"cpu": 1}  # a batch, elsewhere 3 million: a GPU waits for launches
+EVAL_PIXELS = {"cpu": 1}  # in a batch of evaluate, elsewhere 3 million: launches cost time there
 STRIDES = {"out": 4, "low": 4, "mid": 8, "high": 16}  # of a student's logits and features
 
 
@@ -183,13 +183,13 @@ def add_sbd(root, sbd_root=None):
     new, folder = root / "ImageSets/Segmentation/trainaug.txt", sbd_root or Path("data/SBD")
     if new.exists():
         raise DataError(f"{new} exists already: to make it from SBD, move it away")
-    train, val = read_split(root, "train"), read_split(root, "val")
+    train, val = read_split(root, "train"), {*read_split(root, "val")}
     if not os.access(root, os.W_OK):  # as in /kaggle/input
         raise DataError(f"{root} cannot be written: copy it and name the copy, --data_root")
     if not sbd_root and not folder.is_dir():
         archive = {"url": SBDataset.url, "filename": SBDataset.filename, "md5": SBDataset.md5}
         download(archive, "benchmark_RELEASE/dataset", folder, "name a copy, --sbd_root DIR")
-    masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in {*val}}
+    masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in val}
     if not masks:
         raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
     images = dict(image_files(root / "JPEGImages"))
