@@ -11,7 +11,7 @@ feature   L = alpha * CE + beta * mean over levels l of (1 - cos(A_l f_s, f_t))
 CE and KL are weighted means over pixels i, because three quarters of VOC's pixels are background
 and mIoU counts every class alike. With f_c the share of class c in the training masks:
 
-          w_c = f_c^-P                                            P: --class_balance
+          w_c = max(f_c, 0.001)^-P                                P: --class_balance
           CE = sum_i w_(y_i) * -log softmax(z_s)_(y_i) / sum_i w_(y_i)
           KL = sum_i v_i * KL_i / sum_i v_i                       v_i = sum_c softmax(z_t)_c w_c
 
@@ -57,9 +57,9 @@ def labels_at(labels, size):
 
 
 def class_weights(pixels, power):
-    """w_c = f_c^-power, (C,) float32, from the training masks' pixels per class, (C,)."""
+    """w_c = max(f_c, 0.001)^-power, (C,) float32, from the training masks' pixels per class."""
     share = pixels.double() / pixels.sum()
-    return (share.clamp(min=1e-3) ** -power).float()  # bounded for rare classes
+    return (share.clamp(min=1e-3) ** -power).float()
 
 
 def cross_entropy(logits, labels, weights):

@@ -207,10 +207,10 @@ def write_tables(rows, output):
     cells = [[column(row) for column in columns.values()] for row in rows]
     kwargs = {"headers": list(columns), "disable_numparse": True}
     note = (
-        f"{rows[0]['images']} images of '{rows[0]['split']}', masks at native size; MACs and speed "
-        f"for square images of the input size (500 px where it is their own), latency of one image "
-        f"and throughput in float32 if not said otherwise, on {rows[0]['device']}; final epoch: "
-        "mIoU of the last validation in training; score = 4 mIoU / (1 + millions of parameters)."
+        f"{rows[0]['images']} images of '{rows[0]['split']}', masks at native size; MMACs (millions"
+        " of multiply-accumulates), latency of one image and throughput for square images of the "
+        f"input size (500 px where they keep theirs), float32 (CUDA: TF32), on {rows[0]['device']}"
+        "; final epoch: mIoU of the last validation; score = 4 mIoU / (1 + millions of parameters)."
     )
     students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [

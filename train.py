@@ -106,7 +106,7 @@ def main(args):
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     network.broadcast_buffers = False  # BatchNorm statistics stay local
     if RANK == 0:
-        start_run(args, settings, history)
+        start_run(args, settings, history, device)
 
     try:
         while len(history) < args.epochs and not out_of_patience(args, history):
@@ -150,7 +150,7 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
         done = epoch * len(loader) + step
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(done, args.epochs * len(loader))
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        batch = {k: v.to(device, non_blocking=device.type == "cuda") for k, v in batch.items()}
         images = voc_data.normalise(batch["image"], batch["jitter"])  # (N, 3, H, W)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -243,10 +243,10 @@ def init_processes(args):
             raise UsageError(f"one process a GPU: --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        wait, attempt = timedelta(hours=2), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A restart by torchrun must not find the addresses of processes that have died.
+        wait, backend = timedelta(hours=2), "gloo" if args.device == "cpu" else None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keeps restarts apart
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE, timeout=wait)
+        dist.init_process_group(backend, None, wait, WORLD_SIZE, RANK, store)
     return voc_data.choose_device(args.device)
 
 
@@ -385,11 +385,11 @@ def load_last(args, settings):
     return None
 
 
-def start_run(args, settings, history):
+def start_run(args, settings, history, device):
     """Print what is about to happen; bring the files in line with what is resumed."""
-    print(f"{args.model}, {settings['parameters']:,} parameters, kd_mode {args.kd_mode}, teacher "
-          f"{settings['teacher']}: {settings['labelled_images']} labelled images, "
-          f"{settings['unlabelled_images']} unlabelled, {settings['val_images']} val; "
+    print(f"{args.model}, {settings['parameters']:,} parameters, on {device.type}, kd_mode "
+          f"{args.kd_mode}, teacher {settings['teacher']}: {settings['labelled_images']} labelled "
+          f"images, {settings['unlabelled_images']} unlabelled, {settings['val_images']} val; "
           f"{len(history)} of {args.epochs} epochs are done", flush=True)
     if not history:  # no older run's state is left, and one that is killed at once can resume
         first = {"history": [], "settings": settings}

@@ -600,11 +600,11 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = range(rank, len(images), world_size)
     workers = 0 if images.cache else workers  # processes would only copy
-    loader = make_loader(images, workers, sampler=shard, pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    loader = make_loader(images, workers, sampler=shard, pin_memory=pinned)
     for batch in batches_of_one_size(zip(shard, loader), EVAL_PIXELS.get(device.type, 3_000_000)):
-        pixels = [torch.as_tensor(p).to(device, non_blocking=True) for _, p in batch]
-        pixels = torch.stack(pixels)  # (N, H, W, 4)
-        target = pixels[..., 3]
+        pixels = torch.stack([torch.as_tensor(p).to(device, non_blocking=pinned) for _, p in batch])
+        target = pixels[..., 3]  # of (N, H, W, 4)
         logits = model(network_input(pixels, eval_size, device)).float()
         logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear")
         prediction = logits.max(dim=1).indices  # on a CPU faster than argmax
