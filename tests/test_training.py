@@ -95,7 +95,7 @@ def test_losses_fall_and_add_up_and_the_history_says_so(runs, mode):
 
 
 def test_compiled_run_has_equal_losses(runs, tiny_voc, teacher_file, tmp_path, monkeypatch):
-    """Student and losses are one graph each, or fullgraph=True raises; without a backend's minute."""
+    """Student and losses are one graph each, or fullgraph=True raises; the backend is eager."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for mode in MODES[1:]:
         torch._dynamo.utils.counters.clear()
