@@ -70,16 +70,10 @@ def main(args):
         speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
         rows.append(row | speeds[key])
         image_ious.append(ious)
-    histories = load_histories(students)
-    for student, row in zip(students, rows):
-        validated = [v for v in histories.get(student.label, []) if "val_miou" in v]
-        trained_for = [student.settings.get(key) for key in ("val_split", "eval_size")]
-        alike = validated and trained_for == [row["split"], row["eval_size"]]
-        row["final_val_miou"] = validated[-1]["val_miou"] if alike else None
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
     draw_class_bars(rows, output / "per_class_iou.png")
-    draw_curves(histories, output / "training_curves.png")
+    draw_curves(students, output / "training_curves.png")
     if args.visualize:
         draw_overlays(args, students, image_ious, images, device, output)
 
@@ -97,6 +91,8 @@ class Tested:
         self.eval_size = checkpoint.get("eval_size", 0) if eval_size is None else eval_size
         self.seed = self.settings.get("seed", 0)
         self.name = f"{self.model} {self.kd_mode}"
+        history = file.with_name(f"history_{self.model}_{self.kd_mode}.jsonl")
+        self.history = read_json(history) if history.is_file() else []
         if self.kd_mode not in KD_MODES:
             raise DataError(f"{file} has no kd_mode: it is no checkpoint of train.py")
 
@@ -132,12 +128,16 @@ def measure(args, student, images, device):
     matrix, loss = voc_data.evaluate(*arguments, on_image=image_iou)
     print(f"\n{student.file}, {len(images)} images of '{args.val_split}'\n{matrix}")
     parameters = count_parameters(student.network)
+    validated = [line for line in student.history if "val_miou" in line]
+    trained_for = [student.settings.get(key) for key in ("val_split", "eval_size")]
+    alike = validated and trained_for == [args.val_split, student.eval_size]
     row = {
         "model": student.model, "kd_mode": student.kd_mode, "seed": student.seed,
         "epochs": student.settings.get("epochs"), "checkpoint": str(student.file),
         "train_split": student.settings.get("train_split"), "label": student.label,
         "split": args.val_split, "images": len(images), "eval_size": student.eval_size,
         "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy, "loss": loss,
+        "final_val_miou": validated[-1]["val_miou"] if alike else None,
         "score": score(matrix.miou, parameters), "parameters": parameters,
         "iou": {c: None if iou != iou else iou for c, iou in zip(CLASSES, matrix.iou.tolist())},
     }  # fmt: skip
@@ -223,9 +223,8 @@ def write_tables(rows, output):
     atomic_save(output / "results.md", f"{table}\n\n{note}\n\n{gain_table}\n")
     atomic_save(output / "results.tex", tabulate(cells, tablefmt="latex_booktabs", **kwargs) + "\n")
     atomic_save(output / "results.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    labels, bars = [row["label"] for row in rows], class_bars(rows)
-    per_class = [[name, *(show(bars[l][i], 1) for l in labels)] for i, name in enumerate(CLASSES)]
-    per_class = tabulate(per_class, ["IoU %", *labels], tablefmt="github", disable_numparse=True)
+    shown = {label: [show(v, 1) for v in values] for label, values in class_bars(rows).items()}
+    per_class = tabulate({"IoU %": CLASSES} | shown, "keys", "github", disable_numparse=True)
     atomic_save(output / "per_class.md", per_class + "\n")
     print(f"\n{table}\n\n{note}\n\n{gain_table}\n\ntables and figures in {output}")
 
@@ -254,26 +253,17 @@ def draw_class_bars(rows, file):
     save_figure(figure, file)
 
 
-def load_histories(students):
-    """{label: lines of the history} of the students whose history lies beside the checkpoint."""
-    files = {s.label: s.file.with_name(f"history_{s.model}_{s.kd_mode}.jsonl") for s in students}
-    return {label: read_json(file) for label, file in files.items() if file.is_file()}
-
-
-def draw_curves(histories, file):
-    """Training cross-entropy and val mIoU by epoch."""
+def draw_curves(students, file):
+    """Training cross-entropy and val mIoU by epoch, of the students that have a history."""
     figure = Figure((10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for label, lines in histories.items():
-        validated = [line for line in lines if "val_miou" in line]
-        left.plot([line["epoch"] for line in lines], [line["ce"] for line in lines], label=label)
-        right.plot([v["epoch"] for v in validated], [100 * v["val_miou"] for v in validated],
-                   marker=".", label=label)  # fmt: skip
-    left.set(xlabel="epoch", ylabel="train cross-entropy")
-    right.set(xlabel="epoch", ylabel="val mIoU %")
-    for axis in (left, right):
+    for axis, key, name in ((left, "ce", "train cross-entropy"), (right, "val_miou", "val mIoU")):
+        for student in students:
+            points = [(line["epoch"], line[key]) for line in student.history if key in line]
+            axis.plot(*zip(*points), marker=".", markersize=3, label=student.label)
+        axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
-    if histories:
+    if any(student.history for student in students):
         right.legend(fontsize=7)
         save_figure(figure, file)
 
@@ -316,9 +306,9 @@ def draw_sheet(panels, file, columns, inches=2.3):
 
 
 def best_and_worst(ious, count):
-    """Indices of the count / 2 images with the highest IoU, best first, and with the lowest."""
+    """Indices of `count` images: the highest IoU, the lowest, the second highest, and so on."""
     ranked = sorted(ious, key=ious.get, reverse=True)
-    return ranked[: count // 2], ranked[::-1][: count // 2]
+    return [index for pair in zip(ranked, ranked[::-1]) for index in pair][:count]
 
 
 def evenly_ranked(image_ious, count):
@@ -332,15 +322,13 @@ def draw_overlays(args, students, image_ious, images, device, output):
 
     def panels(index, compared):
         image, mask = images[index][..., :3], images[index][..., 3]
-        shown = [(images.items[index].id, image, np.zeros_like(mask))]
-        shown.append(("ground truth", image, mask))
+        shown = [(images.items[index].id, image, 0 * mask), ("ground truth", image, mask)]
         return shown + [(title, image, predict(s, image, device)) for title, s in compared.items()]
 
     for student, ious in zip(students, image_ious):
         sheet = []
-        for pair in zip(*best_and_worst(ious, args.num_vis)):
-            for index in pair:
-                sheet += panels(index, {f"prediction, IoU {ious[index]:.2f}": student})
+        for index in best_and_worst(ious, args.num_vis):
+            sheet += panels(index, {f"prediction, IoU {ious[index]:.2f}": student})
         draw_sheet(sheet, output / f"overlays_{student.label.replace(' ', '_')}.jpg", columns=6)
     sheet = []
     for index in evenly_ranked(image_ious, args.num_vis // 2):

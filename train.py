@@ -98,7 +98,7 @@ def main(args):
     ema, optimizer = EMA(model.student), build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
-    history = state["history"] if state else []
+    history = state["history"]
     for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
         parts[name].load_state_dict(state[name])
     if args.compile:
@@ -106,7 +106,7 @@ def main(args):
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     network.broadcast_buffers = False  # BatchNorm statistics stay local
     if RANK == 0:
-        start_run(args, settings, history, device)
+        start_run(args, state, device)
 
     try:
         while len(history) < args.epochs and not out_of_patience(args, history):
@@ -152,7 +152,6 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
             group["lr"] = group["initial_lr"] * schedule(done, args.epochs * len(loader))
         batch = {k: v.to(device, non_blocking=device.type == "cuda") for k, v in batch.items()}
         images = voc_data.normalise(batch["image"], batch["jitter"])  # (N, 3, H, W)
-        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, half, enabled=half is not None):
             targets = teacher(images) if teacher and args.cache_dir is None else batch
             logits, features = network(images)  # (N, 21, H/4, W/4), {level: (N, C, h, w)}
@@ -169,8 +168,11 @@ def train_one_epoch(args, epoch, network, loader, teacher, weights, optimizer, s
             if not math.isfinite(loss):
                 raise DataError(f"the loss is {loss} in epoch {epoch + 1}, of which nothing was "
                                 "saved: choose a lower --lr or --amp off")  # fmt: skip
-    if dist.is_initialized():
-        average_over_ranks([totals, *network.buffers(), *ema.network.buffers()])
+    if dist.is_initialized():  # losses and BatchNorm statistics become their means
+        for tensor in [totals, *network.buffers(), *ema.network.buffers()]:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor /= WORLD_SIZE
     loss, ce, kd = (totals / len(loader)).tolist()
     return {"epoch": epoch + 1, "loss": loss, "ce": ce, "kd": kd,
             "lr": optimizer.param_groups[-1]["lr"], "seconds": time.perf_counter() - start,
@@ -207,14 +209,6 @@ def amp_dtype(args, device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
 
 
-@torch.no_grad()
-def average_over_ranks(tensors):
-    """Losses and BatchNorm statistics become their means."""
-    for tensor in [tensor for tensor in tensors if tensor.is_floating_point()]:
-        dist.all_reduce(tensor)
-        tensor /= WORLD_SIZE
-
-
 def validate(args, network, images, device):
     start = time.perf_counter()
     matrix, loss = voc_data.evaluate(network, images, args.eval_size, device, args.workers)
@@ -243,7 +237,8 @@ def init_processes(args):
             raise UsageError(f"one process a GPU: --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        wait, backend = timedelta(hours=2), "gloo" if args.device == "cpu" else None
+        wait = timedelta(hours=2)  # while one of them downloads and fills the caches
+        backend = "gloo" if args.device == "cpu" else None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keeps restarts apart
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://", timeout=wait))[0])
         dist.init_process_group(backend, None, wait, WORLD_SIZE, RANK, store)
@@ -345,9 +340,8 @@ MAY_CHANGE = {"resume", "overwrite", "device", "workers", "save_dir", "data_root
               "epochs", "patience", "compile"}  # on a resume  # fmt: skip
 
 
-def run_file(args, kind):
-    suffix = {"history": "jsonl", "training_report": "txt", "training_curves": "png"}
-    return args.save_dir / f"{kind}_{args.model}_{args.kd_mode}.{suffix.get(kind, 'pth')}"
+def run_file(args, kind, suffix="pth"):
+    return args.save_dir / f"{kind}_{args.model}_{args.kd_mode}.{suffix}"
 
 
 def run_settings(args, train_images, val_images):
@@ -363,7 +357,7 @@ def run_settings(args, train_images, val_images):
 
 
 def load_last(args, settings):
-    """The state in last_*.pth; None for a fresh start, which may not replace results unasked."""
+    """The state in last_*.pth, empty for a fresh start, which may not replace results unasked."""
     last, best = run_file(args, "last"), run_file(args, "best_model")
     if args.resume == "auto" and last.exists():
         state = kd_losses.read_checkpoint(last)
@@ -378,22 +372,22 @@ def load_last(args, settings):
             was = ", ".join(f"{name} {before.get(name)}" for name in changed)
             raise UsageError(f"{last} was made with {was}: use that again, another --save_dir, or "
                              "--resume none --overwrite for a fresh start")  # fmt: skip
-        return state
+        return state | {"settings": settings}
     older = [file for file in (best, last) if file.exists()]
     if older and not args.overwrite:
         raise UsageError(f"{older[0]} exists: choose another --save_dir, or add --overwrite")
-    return None
+    return {"history": [], "settings": settings}
 
 
-def start_run(args, settings, history, device):
+def start_run(args, state, device):
     """Print what is about to happen; bring the files in line with what is resumed."""
+    history, settings = state["history"], state["settings"]
     print(f"{args.model}, {settings['parameters']:,} parameters, on {device.type}, kd_mode "
           f"{args.kd_mode}, teacher {settings['teacher']}: {settings['labelled_images']} labelled "
           f"images, {settings['unlabelled_images']} unlabelled, {settings['val_images']} val; "
           f"{len(history)} of {args.epochs} epochs are done", flush=True)
     if not history:  # no older run's state is left, and one that is killed at once can resume
-        first = {"history": [], "settings": settings}
-        atomic_save(run_file(args, "last"), lambda file: torch.save(first, file))
+        atomic_save(run_file(args, "last"), lambda file: torch.save(state, file))
     write_history(args, history)  # a kill may have come between last_*.pth and the history
 
 
@@ -425,7 +419,7 @@ def save_epoch(args, state):
 
 
 def write_history(args, history):
-    atomic_save(run_file(args, "history"), "".join(json.dumps(r) + "\n" for r in history))
+    atomic_save(run_file(args, "history", "jsonl"), "".join(json.dumps(r) + "\n" for r in history))
 
 
 # -------------------------------------------------------------------------------- report and curves
@@ -462,27 +456,26 @@ def report(history, settings):
 
 
 def curves(history):
-    """{label: (epochs, values)} of what training_curves_*.png shows; mIoU in 0..1."""
+    """{label: [(epoch, value)]} of what training_curves_*.png shows; mIoU in 0..1."""
     shown = {"train loss": "loss", "train cross-entropy": "ce", "train distillation": "kd",
              "val cross-entropy, unweighted": "val_loss", "val mIoU": "val_miou"}  # fmt: skip
-    lines = {label: [(r["epoch"], r[key]) for r in history if key in r]
-             for label, key in shown.items()}  # fmt: skip
-    return {label: tuple(zip(*points)) for label, points in lines.items()}
+    return {label: [(r["epoch"], r[key]) for r in history if key in r]
+            for label, key in shown.items()}  # fmt: skip
 
 
 def write_summary(args, history, settings):
     """Write the report and the curves of a history with a validation."""
-    atomic_save(run_file(args, "training_report"), report(history, settings))
+    atomic_save(run_file(args, "training_report", "txt"), report(history, settings))
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for label, (epochs, values) in curves(history).items():
+    for label, points in curves(history).items():
         axis = right if "mIoU" in label else left
-        axis.plot(epochs, values, marker=".", label=label)
+        axis.plot(*zip(*points), marker=".", label=label)
     for axis in (left, right):
         axis.set(xlabel="epoch", title=f"{args.model} {args.kd_mode}")
         axis.legend()
         axis.grid(alpha=0.3)
-    atomic_save(run_file(args, "training_curves"), lambda f: figure.savefig(f, format="png"))
+    atomic_save(run_file(args, "training_curves", "png"), lambda f: figure.savefig(f, format="png"))
 
 
 if __name__ == "__main__":

@@ -187,8 +187,7 @@ def add_sbd(root, sbd_root=None):
     if not os.access(root, os.W_OK):  # as in /kaggle/input
         raise DataError(f"{root} cannot be written: copy it and name the copy, --data_root")
     if not sbd_root and not folder.is_dir():
-        archive = {"url": SBDataset.url, "filename": SBDataset.filename, "md5": SBDataset.md5}
-        download(archive, "benchmark_RELEASE/dataset", folder, "name a copy, --sbd_root DIR")
+        download(vars(SBDataset), "benchmark_RELEASE/dataset", folder, "use a copy, --sbd_root DIR")
     masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in val}
     if not masks:
         raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
@@ -517,8 +516,8 @@ class TrainSampler(Sampler):
 
 
 def normalise(images, jitter=None):
-    """(N, 3, H, W) uint8 -> float32 with ImageNet's mean and deviation. `jitter` (N, 3): factors
-    of brightness, contrast and saturation, in this order, clamped at the end."""
+    """(N, 3, H, W) uint8 -> float32, channels_last, with ImageNet's mean and deviation. `jitter`
+    (N, 3): factors of brightness, contrast and saturation, in this order, clamped at the end."""
     images = images.float() / 255
     if jitter is not None:
         brightness, contrast, saturation = jitter.view(-1, 3, 1, 1, 1).unbind(1)
@@ -528,7 +527,7 @@ def normalise(images, jitter=None):
         images = torch.lerp(TF.rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
     for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
         images[:, channel].sub_(mean).div_(std)  # no tensor has to be copied to the device
-    return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def network_input(pixels, longest, device):
@@ -538,7 +537,7 @@ def network_input(pixels, longest, device):
     pixels = pixels.view(-1, *pixels.shape[-3:])[..., :3].permute(0, 3, 1, 2)
     factor = longest / max(pixels.shape[-2:]) if longest else 1
     size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
-    return normalise(TF.resize(pixels, size)).contiguous(memory_format=torch.channels_last)
+    return normalise(TF.resize(pixels, size))
 
 
 # ---------------------------------------------------------------------------- the metric, the speed

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -62,21 +61,6 @@ def tiny_voc(sample_root, tmp_path_factory):
 @pytest.fixture
 def voc(tiny_voc, tmp_path):
     return shutil.copytree(tiny_voc, tmp_path / "VOC2012")
-
-
-@pytest.fixture
-def run_script(tmp_path):
-    """`run_script("train.py", *args)`: a process in an empty folder, without network or data."""
-    settings = {"OMP_NUM_THREADS": "1", "KAGGLEHUB_CACHE": str(tmp_path / "no_kagglehub")}
-    settings |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-
-    def run(name, *args, env=None, cwd=tmp_path / "cwd", timeout=120):
-        Path(cwd).mkdir(parents=True, exist_ok=True)
-        command, env = [sys.executable, ROOT / name, *args], os.environ | settings | (env or {})
-        return subprocess.run([str(word) for word in command], cwd=cwd, env=env, timeout=timeout,
-                              capture_output=True, text=True)  # fmt: skip
-
-    return run
 
 
 @pytest.fixture(scope="session")

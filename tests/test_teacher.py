@@ -13,12 +13,11 @@ from torchvision import models
 import kd_losses
 import train
 import voc_data
-from kd_losses import Teacher, load_student, load_teacher
+from kd_losses import LEVELS, Teacher, load_student, load_teacher
 from voc_data import DataError, UsageError
 
 CPU = torch.device("cpu")
 FCN_FILE = "hub/checkpoints/fcn_resnet50_coco-1167a1af.pth"
-LEVELS = ("low", "mid", "high")
 
 
 def save_student(file, seed=5, **changes):

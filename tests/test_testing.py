@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import shutil
 import statistics
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -163,16 +161,11 @@ def test_teacher_of_another_device_is_left_out(tmp_path):
 def test_figures_show_the_right_data(tested, files):
     sheets = {f"overlays_{name.replace(' ', '_')}.jpg" for name in (*NAMES, "compared")}
     assert sheets | {"per_class_iou.png", "training_curves.png"} <= set(os.listdir(tested[0]))
-    bars = script.class_bars(tested[1])
-    for row in tested[1]:
-        expected = [math.nan if iou is None else 100 * iou for iou in row["iou"].values()]
-        np.testing.assert_allclose(bars[row["label"]], expected)
     chosen = SimpleNamespace(checkpoint=files, model=None, eval_size=None)
-    histories = script.load_histories(script.load_students(chosen, CPU))
-    numbers = {label: lines[0]["ce"] for label, lines in histories.items()}
-    assert numbers == dict(zip(NAMES, range(5)))
+    students = script.load_students(chosen, CPU)
+    assert [student.history[0]["ce"] for student in students] == [0, 1, 2, 3, 4]
     ious = {7: 0.5, 1: 0.9, 2: 0.1, 3: 0.3, 4: 0.7}
-    assert script.best_and_worst(ious, 4) == ([1, 4], [2, 3])
+    assert script.best_and_worst(ious, 4) == [1, 2, 4, 3]
     other = {7: 0.0, 1: 0.9, 2: 0.1, 3: 0.3, 4: 0.7}
     assert script.evenly_ranked([ious, other], 5) == [2, 7, 3, 4, 1]
     assert script.evenly_ranked([ious], 1) == [7]
