@@ -264,6 +264,14 @@ def test_patience_stops_after_validations_without_a_better_miou(tiny_voc, tmp_pa
     assert best["epoch"] == 2  # the first of equals
 
 
+def test_clock_that_is_set_back_does_not_matter(tiny_voc, tmp_path, monkeypatch, capsys):
+    hours = iter(range(10**6))
+    monkeypatch.setattr("time.time", lambda: 1e9 - 3600 * next(hours))
+    (record, _) = trained(tiny_voc, tmp_path, "--epochs", 2, "--batch_size", 12)
+    assert 0 < record["seconds"] < 60 and 0 < record["val_seconds"] < 60
+    assert not re.search(r"-\d", capsys.readouterr().out.replace(str(tmp_path), ""))
+
+
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     tiny_voc, tmp_path, monkeypatch
 ):
