@@ -87,7 +87,7 @@ def main(args):
         loaders = {
             "torchvision reference": DataLoader(
                 Reference(items, 256, 320, (0.7, 2.0)), 16, shuffle=True, drop_last=True,
-                num_workers=args.workers, persistent_workers=True,
+                num_workers=args.workers, persistent_workers=args.workers > 0,
             ),
             "ours, decoding every time": ours(None),
             "ours, decoded once": ours(Path(cache_dir)),
