@@ -103,8 +103,7 @@ def main(args):
         parts[name].load_state_dict(state[name])
     if args.compile:
         model.compile(fullgraph=True)
-    network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    network.broadcast_buffers = False  # BatchNorm statistics stay local
+    network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     if RANK == 0:
         start_run(args, state, device)
 
