@@ -16,12 +16,24 @@ LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, block", [
-    ("results", 0), ("seeds/results", 2), ("speed/training_epoch", 0),
+@pytest.mark.parametrize("document, name, block", [
+    ("README.md", "results", 0), ("README.md", "seeds/results", 2),
+    ("README.md", "speed/training_epoch", 0), ("report/report.md", "results", 0),
+    ("report/report.md", "seeds/results", 2), ("report/report.md", "long/results", 0),
+    ("report/report.md", "controls/labelled_only/results", 2),
 ])  # fmt: skip
-def test_a_table_is_the_one_that_was_written(name, block):
+def test_a_table_is_the_one_that_was_written(document, name, block):
     table = (ROOT / "report" / f"{name}.md").read_text(encoding="utf-8")
-    assert table.split("\n\n")[block].strip() in README
+    assert table.split("\n\n")[block].strip() in (ROOT / document).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["twice_the_epochs", "trainaug"])
+def test_a_control_of_one_run_is_in_the_report_as_it_was_measured(name):
+    folder = ROOT / "report"
+    table = (folder / "controls" / name / "results.md").read_text(encoding="utf-8")
+    miou, final = (cell.strip() for cell in table.splitlines()[2].split("|")[3:5])
+    row = rf"\(controls/{name}/results.md\).*\| {miou} \| {final} \|"
+    assert re.search(row, (folder / "report.md").read_text(encoding="utf-8"))
 
 
 def test_every_file_it_links_or_lists_exists():
