@@ -84,8 +84,7 @@ def main(args):
     if LOCAL_RANK > 0:
         dist.barrier()  # the first process of a machine downloads and fills the caches
     train_images, val_images = load_data(args)
-    settings = run_settings(args, train_images, val_images)
-    state = load_last(args, settings)
+    state = load_last(args, run_settings(args, train_images, val_images))
     teacher = None
     if args.kd_mode != "none":
         teacher = kd_losses.load_teacher(args.teacher, args.teacher_weights, device)
@@ -98,7 +97,7 @@ def main(args):
     ema, optimizer = EMA(model.student), build_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     parts = {"model": model, "ema": ema.network, "optimizer": optimizer, "scaler": scaler}
-    history = state["history"]
+    history, settings = state["history"], state["settings"]
     for name in [name for name in parts if history and state[name]]:  # an unused scaler's is empty
         parts[name].load_state_dict(state[name])
     if args.compile:

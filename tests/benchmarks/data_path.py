@@ -52,6 +52,14 @@ class Reference(Dataset):
         return [F.pil_to_tensor(F.crop(part, *window)) for part in (image, mask)]
 
 
+def reference_loader(items, workers):
+    """Batches of 16 of its crops of 256 px."""
+    return DataLoader(
+        Reference(items, 256, 320, (0.7, 2.0)), 16, shuffle=True, drop_last=True,
+        num_workers=workers, persistent_workers=workers > 0,
+    )  # fmt: skip
+
+
 def save_table(rows, headers, note, output):
     """Print a table and write it as Markdown."""
     note = f"{note}; {os.cpu_count()} cores, torch {torch.__version__}."
@@ -85,13 +93,10 @@ def main(args):
 
     with tempfile.TemporaryDirectory() as cache_dir:
         loaders = {
-            "torchvision reference": DataLoader(
-                Reference(items, 256, 320, (0.7, 2.0)), 16, shuffle=True, drop_last=True,
-                num_workers=args.workers, persistent_workers=args.workers > 0,
-            ),
+            "torchvision reference": reference_loader(items, args.workers),
             "ours, decoding every time": ours(None),
             "ours, decoded once": ours(Path(cache_dir)),
-        }  # fmt: skip
+        }
         os.sync()
         passes = {name: lambda _, l=loader: list(l) and None for name, loader in loaders.items()}
         seconds = run_in_turn(passes, args.rounds)

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import kd_losses  # noqa: E402
 import train  # noqa: E402
 import voc_data  # noqa: E402
-from data_path import Reference, run_in_turn, save_table  # noqa: E402
+from data_path import reference_loader, run_in_turn, save_table  # noqa: E402
 
 
 def our_epoch(flags):
@@ -47,10 +46,7 @@ def reference_epoch(args):
     """A function of the epoch that trains it in the way of torchvision's reference script."""
     device = voc_data.choose_device(None)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), "train")
-    loader = DataLoader(
-        Reference(items, 256, 320, (0.7, 2.0)), 16, shuffle=True, drop_last=True,
-        num_workers=args.workers, persistent_workers=args.workers > 0,
-    )  # fmt: skip
+    loader = reference_loader(items, args.workers)
     student = kd_losses.STUDENTS["ultracompact"](pretrained=False)
     student = student.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
