@@ -49,7 +49,7 @@ def get_args_parser():
     flag("--seed", type=in_range(0), default=0)
     flag("--temperature", type=in_range(0.01, kind=float), default=1.0, help="T of response mode")
     flag("--alpha", type=real, default=1.0, help="weight of the cross-entropy")
-    flag("--beta", type=real, help="of the distillation (None: 3 for response, 5 for feature)")
+    flag("--beta", type=real, help="of the distillation (None: 3 for response, 50 for feature)")
     flag("--kd_levels", nargs="+", choices=kd_losses.LEVELS, default=["high"])
     flag("--class_balance", type=real, default=0.35, metavar="P", help="power of class weights")
     flag("--teacher", type=os.path.expanduser, default="fcn_resnet50", help="or a .pth, .pt2 file")
@@ -223,7 +223,7 @@ def check_flags(args):
     if args.extra_images and args.kd_mode == "none":
         raise UsageError("--extra_images are for distillation: --kd_mode none cannot use them")
     if args.beta is None:
-        args.beta = {"none": 0.0, "response": 3.0, "feature": 5.0}[args.kd_mode]
+        args.beta = {"none": 0.0, "response": 3.0, "feature": 50.0}[args.kd_mode]
     if str(args.cache_dir) == "none":
         args.cache_dir = None
 

@@ -83,7 +83,7 @@ def runs(tiny_voc, teacher_file, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_fall_and_add_up_and_the_history_says_so(runs, mode):
-    history, beta = runs[1][mode], {"none": 0, "response": 3, "feature": 5}[mode]
+    history, beta = runs[1][mode], {"none": 0, "response": 3, "feature": 50}[mode]
     assert history[-1]["loss"] < 0.95 * history[0]["loss"]
     assert history[-1]["ce"] < 0.95 * history[0]["ce"]
     for record in history:
