@@ -117,7 +117,7 @@ def test_evaluate_counts_at_the_size_of_the_mask_as_done_by_hand(
             logits = F.interpolate(logits, size=mask.shape, mode="bilinear")[0].double()
         best, log_p = logits.argmax(0).numpy(), logits.log_softmax(0).numpy()
         counts = counts + count(mask, best)
-        losses.append(-log_p[np.where(mask < 21, mask, 0), *np.indices(mask.shape)][mask != VOID])
+        losses.append(-log_p[(np.where(mask < 21, mask, 0), *np.indices(mask.shape))][mask != VOID])
         assert np.array_equal(shown[index][0], mask)
         assert (shown[index][1].numpy() == best).mean() > 0.999
     passes = Counter(sizes) if limit == 1 else Counter({*sizes})
