@@ -7,7 +7,6 @@
 import argparse
 import functools
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -46,9 +45,8 @@ STRIDES = {"out": 4, "low": 4, "mid": 8, "high": 16}  # of a student's logits an
 
 def voc_palette():
     """The VOC colour map, (256, 3) uint8: bit 3k + c of the label is bit 7 - k of channel c."""
-    labels, channels = np.arange(256)[:, None], np.arange(3)
-    bits = [((labels >> (3 * k + channels)) & 1) << (7 - k) for k in range(8)]
-    return np.sum(bits, axis=0).astype(np.uint8)
+    bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # (label, k, c)
+    return np.packbits(bits, axis=1)[:, 0]
 
 
 # -------------------------------------------------------------------------- errors, flags and files
@@ -113,9 +111,9 @@ def choose_device(name):
 
 def atomic_save(file, content):
     """Write a text, or call `content(path)`; whatever happens, the old file or the new is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write = content if callable(content) else lambda f: f.write_text(content, "utf-8")
         write(temporary)
         with open(temporary, "rb+") as written:
@@ -151,24 +149,22 @@ def find_voc(data_root=None):
             names[:] = sorted(n for n in names if not deep and not n.startswith((".", "__")))
     if data_root is None:
         voc = DATASET_YEAR_DICT["2012"]
-        return download(voc, "VOCdevkit/VOC2012", Path("data/VOC2012"), f"unpack {voc['url']} into "
-                        "./data, or use --data_root DIR or --data_root sample")  # fmt: skip
+        return download(voc, voc["base_dir"], Path("data/VOC2012"), "--data_root DIR (or sample)")
     raise DataError(f"{data_root} has no folder with JPEGImages, SegmentationClass and ImageSets: "
                     "unpack it, or leave --data_root out to download VOC")  # fmt: skip
 
 
-def download(archive, inner, target, hint):
-    """Download a {"url", "filename", "md5"} by torchvision; its folder `inner` becomes `target`
-    when it is complete. An archive that is beside it already is used."""
+def download(archive, inner, target, flag):
+    """Download a {"url", "md5"} by torchvision; its folder `inner` becomes `target` when it is
+    complete. An archive that is beside it already is used."""
     unpacked, url = target.with_name(f".{target.name}"), archive["url"]
     print(f"{target} is not there: downloading {url}")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        files = target.parent, unpacked, archive["filename"]
-        download_and_extract_archive(url, *files, archive["md5"])
+        download_and_extract_archive(url, target.parent, unpacked, None, archive["md5"])
         (unpacked / inner).rename(target)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the download failed ({error}): {hint}") from error
+        raise DataError(f"the download failed ({error}): unpack {url}, use {flag}") from error
     return target
 
 
@@ -187,7 +183,7 @@ def add_sbd(root, sbd_root=None):
     if not os.access(root, os.W_OK):  # as in /kaggle/input
         raise DataError(f"{root} cannot be written: copy it and name the copy, --data_root")
     if not sbd_root and not folder.is_dir():
-        download(vars(SBDataset), "benchmark_RELEASE/dataset", folder, "use a copy, --sbd_root DIR")
+        download(vars(SBDataset), "benchmark_RELEASE/dataset", folder, "--sbd_root DIR")
     masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in val}
     if not masks:
         raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
@@ -320,12 +316,11 @@ class ArrayFile:
 
     def __init__(self, folder, dtype):
         self.file, self.dtype = str(folder / "values.bin"), np.dtype(dtype)
-        self.shapes = np.load(folder / "shapes.npy")
-        self.ends = np.cumsum(self.shapes.prod(axis=1)) * self.dtype.itemsize
+        self.shapes = np.load(folder / "shapes.npy").astype(np.int64)
+        self.starts = np.cumsum([0, *self.shapes.prod(axis=1)]) * self.dtype.itemsize
 
     def __getitem__(self, index):  # mode "c": what torch might write would stay in memory
-        start, shape = self.ends[index - 1] if index else 0, tuple(self.shapes[index])
-        return np.memmap(self.file, self.dtype, "c", start, shape)
+        return np.memmap(self.file, self.dtype, "c", self.starts[index], tuple(self.shapes[index]))
 
 
 def cached_arrays(kind, cache_dir, items, dtype, settings, arrays):
@@ -424,10 +419,9 @@ def random_crop(pixels, maps, seen, size, longest, scale, generator):
     factor = scale[0] * (scale[1] / scale[0]) ** at_scale  # log-uniform
     zoom, flip = factor * longest / max(height, width), at_flip < 0.5
     windows = [draw_window(height, size, zoom, at_y), draw_window(width, size, zoom, at_x)]
-    source = (..., *(slice(start, start + cut) for start, cut, _, _ in windows))
-    target = (..., *(slice(out, out + reach) for _, _, out, reach in windows))
-    reach = [reach for *_, reach in windows]
-    window = pixels[source][None].contiguous(memory_format=torch.channels_last)  # 4: fastest
+    start, cut, out, reach = zip(*windows)
+    target = (..., *(slice(first, first + length) for first, length in zip(out, reach)))
+    window = TF.crop(pixels, *start, *cut)[None].contiguous(memory_format=torch.channels_last)
     image = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
     image[target] = F.interpolate(window, reach, mode="bilinear", antialias=True)[0, :3]
     mask = torch.full((size, size), VOID, dtype=torch.uint8)
@@ -676,7 +670,7 @@ def draw_sample(rng):
         ImageDraw.Draw(shape).regular_polygon(*polygon, fill=1)
         dark = (0 * x, x, y, x + y)[label % 4] // 4 % 2  # plain, stripes of two kinds, diagonals
         hue = label % 5 / 5 + rng.normal(0, 0.05) + np.array([0, 1 / 3, 2 / 3])
-        colour = (127 + 127 * np.cos(2 * math.pi * hue)) * rng.uniform(0.4, 1)
+        colour = (127 + 127 * np.cos(2 * np.pi * hue)) * rng.uniform(0.4, 1)
         image = np.where(np.asarray(shape)[..., None], colour * (1 - 0.5 * dark[..., None]), image)
     image = (image + rng.normal(0, 20, image.shape)).clip(0, 255)
     return Image.fromarray(image.astype(np.uint8)), mask
