@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 from tabulate import tabulate
 
 import voc_data
@@ -63,19 +62,18 @@ def main(args):
         return overlay_images(args.image, students, device, output)
     items = voc_data.list_items(voc_data.find_voc(args.data_root), args.val_split)
     images = voc_data.VOCDataset(items)
-    rows, image_ious, speeds = [], [], {}
+    rows, speeds = [], {}
     for student in students:
-        row, ious = measure(args, student, images, device)
+        row = measure(args, student, images, device)
         key = student.model, student.eval_size or 500  # speed does not depend on the weights
         speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
         rows.append(row | speeds[key])
-        image_ious.append(ious)
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
     draw_class_bars(rows, output / "per_class_iou.png")
     draw_curves(students, output / "training_curves.png")
     if args.visualize:
-        draw_overlays(args, students, image_ious, images, device, output)
+        draw_overlays(args, students, images, device, output)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -93,16 +91,13 @@ class Tested:
         self.name = f"{self.model} {self.kd_mode}"
         history = file.with_name(f"history_{self.model}_{self.kd_mode}.jsonl")
         self.history = read_json(history) if history.is_file() else []
-        if self.kd_mode not in KD_MODES:
-            raise DataError(f"{file} has no kd_mode: it is no checkpoint of train.py")
 
 
 def load_students(args, device):
     """The students to test, in the order of the table."""
-    files = args.checkpoint or sorted(args.save_dir.glob("best_model_*.pth"))
-    students = [Tested(file, args.eval_size, device) for file in files]
-    chosen = [student for student in students if args.model in (None, student.model)]
-    if args.checkpoint and len(chosen) < len(students):
+    files = args.checkpoint or sorted(args.save_dir.glob(f"best_model_{args.model or ''}*.pth"))
+    chosen = [Tested(file, args.eval_size, device) for file in files]
+    if any(args.model not in (None, student.model) for student in chosen):
         raise UsageError(f"not every --checkpoint is of --model {args.model}")
     if not chosen:
         raise DataError(f"no best_model_*.pth in {args.save_dir}: train one with train.py first")
@@ -116,7 +111,7 @@ def load_students(args, device):
 
 
 def measure(args, student, images, device):
-    """A row of the tables, and {index: mean IoU} of each image over the classes it shows."""
+    """A row of the tables; student.ious: {index: mean IoU} of the images, over their classes."""
     ious = {}
 
     def image_iou(index, mask, prediction):
@@ -128,20 +123,20 @@ def measure(args, student, images, device):
     matrix, loss = voc_data.evaluate(*arguments, on_image=image_iou)
     print(f"\n{student.file}, {len(images)} images of '{args.val_split}'\n{matrix}")
     parameters = count_parameters(student.network)
-    validated = [line for line in student.history if "val_miou" in line]
     trained_for = [student.settings.get(key) for key in ("val_split", "eval_size")]
-    alike = validated and trained_for == [args.val_split, student.eval_size]
-    row = {
+    alike = student.history and trained_for == [args.val_split, student.eval_size]
+    student.ious = {index: iou for index, iou in ious.items() if not math.isnan(iou)}
+    return {
         "model": student.model, "kd_mode": student.kd_mode, "seed": student.seed,
         "epochs": student.settings.get("epochs"), "checkpoint": str(student.file),
         "train_split": student.settings.get("train_split"), "label": student.label,
+        "labelled_images": student.settings.get("labelled_images"),
         "split": args.val_split, "images": len(images), "eval_size": student.eval_size,
         "miou": matrix.miou, "pixel_accuracy": matrix.pixel_accuracy, "loss": loss,
-        "final_val_miou": validated[-1]["val_miou"] if alike else None,
+        "final_val_miou": student.history[-1].get("val_miou") if alike else None,
         "score": score(matrix.miou, parameters), "parameters": parameters,
         "iou": {c: None if iou != iou else iou for c, iou in zip(CLASSES, matrix.iou.tolist())},
     }  # fmt: skip
-    return row, {index: iou for index, iou in ious.items() if not math.isnan(iou)}
 
 
 def teacher_rows(output, like):
@@ -160,23 +155,23 @@ def read_json(file):
 
 
 def gains(rows):
-    """What distillation gives: {label: (runs, mean mIoU, pairs, gain over none, its error)}.
+    """What distillation gives: {label: (runs, mean mIoU, pairs, gain over none, its standard error,
+    and both again for the final epoch)}.
 
     Runs of one seed, length and list are a pair; gains are in points of mIoU. None where there is
     no pair, or for the standard error of a single one.
     """
-    table = {}
+    table, same = {}, ("model", "seed", "epochs", "train_split", "labelled_images")
     for name in dict.fromkeys((row["model"], row["kd_mode"]) for row in rows):
         runs = [row for row in rows if (row["model"], row["kd_mode"]) == name]
-        differences = [
-            100 * (run["miou"] - alone["miou"]) for run in runs for alone in rows
-            if alone["kd_mode"] == "none" != run["kd_mode"]
-            and all(run[key] == alone[key] for key in ("model", "seed", "epochs", "train_split"))
-        ]  # fmt: skip
-        gain = statistics.mean(differences) if differences else None
-        error = statistics.stdev(differences) / len(differences) ** 0.5 if differences[1:] else None
-        mean = 100 * statistics.mean(row["miou"] for row in runs)
-        table[" ".join(name)] = len(runs), mean, len(differences), gain, error
+        alone = [row for row in rows if row["kd_mode"] == "none" != name[1]]
+        pairs = [(a, b) for a in runs for b in alone if all(a[key] == b[key] for key in same)]
+        cells = [len(runs), 100 * statistics.mean(row["miou"] for row in runs), len(pairs)]
+        for key in ("miou", "final_val_miou"):
+            found = [100 * (a[key] - b[key]) for a, b in pairs if None not in (a[key], b[key])]
+            cells.append(statistics.mean(found) if found else None)
+            cells.append(statistics.stdev(found) / len(found) ** 0.5 if found[1:] else None)
+        table[" ".join(name)] = tuple(cells)
     return table
 
 
@@ -214,10 +209,13 @@ def write_tables(rows, output):
     )
     students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [
-        [name, runs, show(mean), pairs or "-", show(gain, 2, "+"), show(error)]
-        for name, (runs, mean, pairs, gain, error) in gains(students).items()
-    ]
-    headers = ["network", "runs", "mean mIoU %", "pairs", "gain over none", "standard error"]
+        [name, runs, show(mean), pairs or "-", show(best, sign="+"), show(best_error),
+         show(final, sign="+"), show(final_error)]
+        for name, (runs, mean, pairs, best, best_error, final, final_error)
+        in gains(students).items()
+    ]  # fmt: skip
+    headers = ["network", "runs", "mean mIoU %", "pairs", "gain over none", "standard error",
+               "gain, final epoch", "standard error"]  # fmt: skip
     gain_table = tabulate(gain_cells, headers, tablefmt="github", disable_numparse=True)
     table = tabulate(cells, tablefmt="github", **kwargs)
     atomic_save(output / "results.md", f"{table}\n\n{note}\n\n{gain_table}\n")
@@ -237,8 +235,7 @@ def save_figure(figure, file):
 
 def class_bars(rows):
     """{label: IoU of each class in percent}; NaN where the ground truth lacks the class."""
-    return {row["label"]: [100 * (math.nan if v is None else v) for v in row["iou"].values()]
-            for row in rows}  # fmt: skip
+    return {row["label"]: 100 * np.array([*row["iou"].values()], dtype=float) for row in rows}
 
 
 def draw_class_bars(rows, file):
@@ -270,12 +267,10 @@ def draw_curves(students, file):
 
 def overlay(image, labels):
     """(H, W, 3) uint8 image under the colours of its labels; background stays, void is hatched."""
-    blended = image.copy()
-    objects = (labels > 0) & (labels < NUM_CLASSES)
-    blended[objects] = image[objects] // 2 + voc_data.voc_palette()[labels[objects]] // 2
+    blended = image // 2 + voc_data.voc_palette()[labels] // 2
     y, x = np.indices(labels.shape)
     blended[(labels == VOID) & ((x + y) % 6 < 3)] = 255
-    return blended
+    return np.where(labels[..., None] > 0, blended, image)
 
 
 @torch.inference_mode()
@@ -299,9 +294,8 @@ def draw_sheet(panels, file, columns, inches=2.3):
             Patch(color=voc_data.voc_palette()[label] / 255, label=CLASSES[label])
             for label in np.unique(labels) if 0 < label < NUM_CLASSES
         ]  # fmt: skip
-        if patches:
-            axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=6,
-                        ncols=3, frameon=False, handlelength=1)  # fmt: skip
+        axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=6,
+                    ncols=3, frameon=False, handlelength=1)  # fmt: skip
     save_figure(figure, file)
 
 
@@ -317,7 +311,7 @@ def evenly_ranked(image_ious, count):
     return [ranked[round((i + 0.5) * len(ranked) / count - 0.5)] for i in range(count)]
 
 
-def draw_overlays(args, students, image_ious, images, device, output):
+def draw_overlays(args, students, images, device, output):
     """A sheet of successes and failures per student, and one that compares all students."""
 
     def panels(index, compared):
@@ -325,13 +319,13 @@ def draw_overlays(args, students, image_ious, images, device, output):
         shown = [(images.items[index].id, image, 0 * mask), ("ground truth", image, mask)]
         return shown + [(title, image, predict(s, image, device)) for title, s in compared.items()]
 
-    for student, ious in zip(students, image_ious):
+    for student in students:
         sheet = []
-        for index in best_and_worst(ious, args.num_vis):
-            sheet += panels(index, {f"prediction, IoU {ious[index]:.2f}": student})
+        for index in best_and_worst(student.ious, args.num_vis):
+            sheet += panels(index, {f"prediction, IoU {student.ious[index]:.2f}": student})
         draw_sheet(sheet, output / f"overlays_{student.label.replace(' ', '_')}.jpg", columns=6)
     sheet = []
-    for index in evenly_ranked(image_ious, args.num_vis // 2):
+    for index in evenly_ranked([student.ious for student in students], args.num_vis // 2):
         sheet += panels(index, {student.label: student for student in students})
     draw_sheet(sheet, output / "overlays_compared.jpg", columns=2 + len(students))
 
@@ -341,9 +335,7 @@ def overlay_images(files, students, device, output):
     if len({file.stem for file in files}) < len(files):
         raise UsageError("two --image files have one name: take them one by one")
     for file in files:
-        image = Image.fromarray(voc_data.read_image(file))
-        image.thumbnail((1024, 1024))  # more would take memory, and not be seen
-        image = np.array(image)
+        image = voc_data.read_item(voc_data.Item(file.name, file, None))[..., :3]
         panels = [(file.name, image, np.zeros(image.shape[:2], dtype=np.uint8))]
         panels += [(student.label, image, predict(student, image, device)) for student in students]
         draw_sheet(panels, output / f"image_{file.stem}.jpg", columns=len(panels), inches=5)

@@ -119,26 +119,28 @@ def test_gain_table_pairs_the_seeds(tested):
     miou = [100 * row["miou"] for row in rows]
     gain = [miou[2] - miou[0], miou[3] - miou[1]]
     expected = ["2", f"{(miou[2] + miou[3]) / 2:.2f}", "2", f"{sum(gain) / 2:+.2f}",
-                f"{abs(gain[0] - gain[1]) / 2:.2f}"]  # fmt: skip
+                f"{abs(gain[0] - gain[1]) / 2:.2f}", "+20.00", "0.00"]  # fmt: skip
     lines = (output / "results.md").read_text("utf-8").splitlines()
     cells = {row[1].strip(): [cell.strip() for cell in row[2:-1]]
              for row in (line.split("|") for line in lines[-3:])}  # fmt: skip
     assert cells["ultracompact response"] == expected
-    assert cells["ultracompact feature"] == ["1", f"{miou[4]:.2f}", "-", "-", "-"]  # other --epochs
-    assert cells["ultracompact none"][2:] == ["-", "-", "-"]  # is not compared with itself
+    assert cells["ultracompact feature"] == ["1", f"{miou[4]:.2f}", *5 * "-"]  # other --epochs
+    assert cells["ultracompact none"][2:] == [*5 * "-"]  # is not compared with itself
 
 
 def test_gains_are_paired_by_seed_length_and_list():
     rows = [{"model": "standard", "kd_mode": mode, "seed": seed, "epochs": 5, "train_split": split,
-             "miou": miou} for mode, seed, split, miou in (
-                 ("none", 0, "a", 0.30), ("none", 1, "a", 0.20), ("response", 1, "a", 0.24),
-                 ("response", 0, "a", 0.36), ("response", 7, "a", 0.9), ("feature", 0, "a", 0.31),
-                 ("feature", 1, "b", 0.5))]  # fmt: skip
+             "labelled_images": images, "miou": miou, "final_val_miou": final}
+            for mode, seed, split, images, miou, final in (
+                ("none", 0, "a", 9, 0.30, 0.20), ("none", 1, "a", 9, 0.20, None),
+                ("response", 1, "a", 9, 0.24, 0.2), ("response", 0, "a", 9, 0.36, 0.3),
+                ("response", 7, "a", 9, 0.9, 0.9), ("feature", 0, "a", 9, 0.31, 0.2),
+                ("feature", 1, "b", 9, 0.5, 0.5), ("feature", 0, "a", 8, 0.6, 0.6))]  # fmt: skip
     rows.append(rows[2] | {"model": "ultracompact"})
     table = script.gains(rows)
-    assert table["standard response"] == pytest.approx((3, 50, 2, 5, 1))
-    assert table["standard feature"] == (2, pytest.approx(40.5), 1, pytest.approx(1), None)
-    assert table["ultracompact response"] == (1, pytest.approx(24), 0, None, None)
+    assert table["standard response"] == pytest.approx((3, 50, 2, 5, 1, 10, None))
+    assert table["standard feature"] == pytest.approx((3, 47, 1, 1, None, 0, None))
+    assert table["ultracompact response"] == pytest.approx((1, 24, 0, *[None] * 4))
 
 
 @pytest.mark.parametrize("name", ["teacher_a.json", "history_ultracompact_none.jsonl"])
