@@ -158,7 +158,7 @@ def load_student(file):
     """(student in eval mode, its checkpoint), from a best_model_*.pth of train.py."""
     checkpoint = read_checkpoint(file)
     name = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if name not in list(STUDENTS) or checkpoint.get("num_classes") != NUM_CLASSES:
+    if name not in list(STUDENTS) or checkpoint.get("kd_mode") not in KD_MODES:
         raise DataError(f"{file} is no checkpoint of this project: name a best_model_*.pth")
     student = STUDENTS[name](NUM_CLASSES, pretrained=False)
     load_weights(student, checkpoint.get("model_state_dict"), file)
