@@ -302,13 +302,13 @@ def draw_sheet(panels, file, columns, inches=2.3):
 def best_and_worst(ious, count):
     """Indices of `count` images: the highest IoU, the lowest, the second highest, and so on."""
     ranked = sorted(ious, key=ious.get, reverse=True)
-    return [index for pair in zip(ranked, ranked[::-1]) for index in pair][:count]
+    return [*dict.fromkeys(index for pair in zip(ranked, ranked[::-1]) for index in pair)][:count]
 
 
 def evenly_ranked(image_ious, count):
     """Indices of `count` images from the lowest to the highest mean IoU over all students."""
     ranked = sorted(image_ious[0], key=lambda index: sum(ious[index] for ious in image_ious))
-    return [ranked[round((i + 0.5) * len(ranked) / count - 0.5)] for i in range(count)]
+    return [*dict.fromkeys(ranked[int((i + 0.5) * len(ranked) / count)] for i in range(count))]
 
 
 def draw_overlays(args, students, images, device, output):

@@ -171,6 +171,9 @@ def test_figures_show_the_right_data(tested, files):
     other = {7: 0.0, 1: 0.9, 2: 0.1, 3: 0.3, 4: 0.7}
     assert script.evenly_ranked([ious, other], 5) == [2, 7, 3, 4, 1]
     assert script.evenly_ranked([ious], 1) == [7]
+    for count in (8, 99):  # more than there are: each once
+        assert script.best_and_worst(ious, count) == [1, 2, 4, 3, 7]
+        assert script.evenly_ranked([ious], count) == [2, 3, 7, 4, 1]
 
 
 def test_prediction_of_an_image_is_the_one_that_is_measured(files, tiny_voc):
