@@ -27,7 +27,6 @@ import pickle
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -157,10 +156,11 @@ def load_weights(network, state, file):
 def load_student(file):
     """(student in eval mode, its checkpoint), from a best_model_*.pth of train.py."""
     checkpoint = read_checkpoint(file)
-    name = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if name not in list(STUDENTS) or checkpoint.get("kd_mode") not in KD_MODES:
+    fields = checkpoint if isinstance(checkpoint, dict) else {}
+    known = fields.get("model") in list(STUDENTS) and fields.get("kd_mode") in KD_MODES
+    if not known or fields.get("num_classes") != NUM_CLASSES:
         raise DataError(f"{file} is no checkpoint of this project: name a best_model_*.pth")
-    student = STUDENTS[name](NUM_CLASSES, pretrained=False)
+    student = STUDENTS[fields["model"]](NUM_CLASSES, pretrained=False)
     load_weights(student, checkpoint.get("model_state_dict"), file)
     return student.eval(), checkpoint
 
@@ -216,7 +216,7 @@ class Teacher:
                     value = F.interpolate(value, cells, mode="bilinear")  # as in the loss
                 yield value[0].half().cpu().numpy()
 
-        arguments = cache_dir, images.items, np.float16, (self.name, self.size, source)
+        arguments = cache_dir, images.items, "float16", (self.name, self.size, source)
         return {key: cached_arrays(f"teacher-{key}", *arguments, maps(key)) for key in keys}
 
 

@@ -394,8 +394,8 @@ def test_files_that_are_no_student_are_one_line(teacher_file, tmp_path):
     broken = [b"text", b"<html>404</html>", b"PK\x03\x04" + bytes(99)]
     broken += [whole[: len(whole) * part // 9] for part in range(9)]
     others = [[1], torch.zeros(3), {}, content["model_state_dict"], {"model": {}},
-              content | {"model": "standard"}, content | {"kd_mode": None},
-              content | {"model_state_dict": {"a": 1}}]  # fmt: skip
+              content | {"model": "standard"}, content | {"num_classes": 5},
+              content | {"kd_mode": None}, content | {"model_state_dict": {"a": 1}}]  # fmt: skip
     for number, value in enumerate([*broken, *others]):
         file = tmp_path / f"{number}.pth"
         file.write_bytes(value) if isinstance(value, bytes) else torch.save(value, file)
