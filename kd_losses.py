@@ -210,7 +210,7 @@ class Teacher:
 
         def maps(key):
             for index in range(len(images)):
-                value = self(network_input(images[index], self.size, self.device))[key]
+                value = self(network_input(images[index][None], self.size, self.device))[key]
                 if key == "out":
                     cells = [-(-side // 8) for side in value.shape[-2:]]
                     value = F.interpolate(value, cells, mode="bilinear")  # as in the loss

@@ -209,11 +209,9 @@ def write_tables(rows, output):
     )
     students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [
-        [name, runs, show(mean), pairs or "-", show(best, sign="+"), show(best_error),
-         show(final, sign="+"), show(final_error)]
-        for name, (runs, mean, pairs, best, best_error, final, final_error)
-        in gains(students).items()
-    ]  # fmt: skip
+        [name, runs, show(mean), pairs or "-", *(show(v, sign=s) for v, s in zip(found, "+-+-"))]
+        for name, (runs, mean, pairs, *found) in gains(students).items()
+    ]
     headers = ["network", "runs", "mean mIoU %", "pairs", "gain over none", "standard error",
                "gain, final epoch", "standard error"]  # fmt: skip
     gain_table = tabulate(gain_cells, headers, tablefmt="github", disable_numparse=True)
@@ -276,7 +274,7 @@ def overlay(image, labels):
 @torch.inference_mode()
 def predict(student, image, device):
     """The labels (H, W) a student gives an (H, W, 3) uint8 image, resized as in `evaluate`."""
-    logits = student.network(voc_data.network_input(image, student.eval_size, device))
+    logits = student.network(voc_data.network_input(image[None], student.eval_size, device))
     logits = F.interpolate(logits, size=image.shape[:2], mode="bilinear")
     return logits.max(dim=1).indices[0].cpu().numpy()
 
@@ -290,10 +288,9 @@ def draw_sheet(panels, file, columns, inches=2.3):
     for (title, image, labels), axis in zip(panels, figure.axes):
         axis.imshow(overlay(image, labels))
         axis.set_title(title, fontsize=8)
-        patches = [
-            Patch(color=voc_data.voc_palette()[label] / 255, label=CLASSES[label])
-            for label in np.unique(labels) if 0 < label < NUM_CLASSES
-        ]  # fmt: skip
+        palette = voc_data.voc_palette() / 255
+        patches = [Patch(color=palette[label], label=CLASSES[label])
+                   for label in np.unique(labels) if 0 < label < NUM_CLASSES]  # fmt: skip
         axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=6,
                     ncols=3, frameon=False, handlelength=1)  # fmt: skip
     save_figure(figure, file)

@@ -129,7 +129,7 @@ def atomic_save(file, content):
 
 Item = namedtuple("Item", "id image mask")  # paths; mask None: an unlabelled image
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")  # a mask in both: that of the last
 
 
 def find_voc(data_root=None):
@@ -150,8 +150,7 @@ def find_voc(data_root=None):
     if data_root is None:
         voc = DATASET_YEAR_DICT["2012"]
         return download(voc, voc["base_dir"], Path("data/VOC2012"), "--data_root DIR (or sample)")
-    raise DataError(f"{data_root} has no folder with JPEGImages, SegmentationClass and ImageSets: "
-                    "unpack it, or leave --data_root out to download VOC")  # fmt: skip
+    raise DataError(f"{data_root} has no JPEGImages, SegmentationClass, ImageSets: is it unpacked?")
 
 
 def download(archive, inner, target, flag):
@@ -187,10 +186,9 @@ def add_sbd(root, sbd_root=None):
     masks = {file.stem: file for file in folder.glob("**/cls/*.mat") if file.stem not in val}
     if not masks:
         raise DataError(f"{folder} has no masks of SBD (cls/*.mat)")
-    images = dict(image_files(root / "JPEGImages"))
-    names = sorted(masks.keys() & images.keys())
+    names = sorted(masks.keys() & dict(image_files(root / "JPEGImages")))
     for name in tqdm(names, "SBD", leave=False, disable=None):
-        file = root / MASK_FOLDERS[1] / f"{name}.png"
+        file = root / MASK_FOLDERS[0] / f"{name}.png"
         if not file.exists():
             try:
                 mask = Image.fromarray(loadmat(masks[name])["GTcls"]["Segmentation"][0, 0])
@@ -239,9 +237,8 @@ def read_split(root, split, known=()):
 
 def list_items(root, split):
     """The items of a split; DataError where an image or a mask is missing."""
-    images, masks = dict(image_files(root / "JPEGImages")), {}
-    for name in reversed(MASK_FOLDERS):
-        masks |= image_files(root / name, "*.[pP][nN][gG]")
+    images = dict(image_files(root / "JPEGImages"))
+    masks = dict(m for f in MASK_FOLDERS for m in image_files(root / f, "*.[pP][nN][gG]"))
     ids = read_split(root, split, known=images)
     missing = [f"JPEGImages/{name}.jpg" for name in ids if name not in images]
     missing += [f"SegmentationClass/{name}.png" for name in ids if name not in masks]
@@ -288,8 +285,7 @@ def read_mask(file):
     index_of = {tuple(colour): index for index, colour in enumerate(voc_palette().tolist())}
     meant = [index_of.get(tuple(palette[3 * label : 3 * label + 3])) for label in present]
     if meant != present and {*meant} <= allowed and len({*meant}) == len(meant):
-        raise DataError(f"{file} has VOC's colours at other places of its palette, so its values "
-                        "are not class indices: did a tool sort the palette?")  # fmt: skip
+        raise DataError(f"{file} has VOC's colours at other indices: did a tool sort its palette?")
     if not {*present} <= allowed:
         raise DataError(f"{file} has values besides 0..20 and 255: {[*{*present} - allowed][:8]}")
     return labels
@@ -342,8 +338,7 @@ def cached_arrays(kind, cache_dir, items, dtype, settings, arrays):
             temporary.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
-            raise DataError(f"could not write {folder} ({error}): free some disk space, or name "
-                            "another --cache_dir ('none': no cache)") from error  # fmt: skip
+            raise DataError(f"could not write {folder} ({error}): try --cache_dir none") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return ArrayFile(folder, dtype)
@@ -525,10 +520,9 @@ def normalise(images, jitter=None):
 
 
 def network_input(pixels, longest, device):
-    """One or N images (H, W, 3), uint8 -> normalised (N, 3, h, w), max(h, w) being `longest` px or,
-    for 0, their own."""
-    pixels = torch.as_tensor(pixels).to(device)
-    pixels = pixels.view(-1, *pixels.shape[-3:])[..., :3].permute(0, 3, 1, 2)
+    """RGB of images (N, H, W, 3 or 4), uint8 -> normalised (N, 3, h, w), max(h, w) being `longest`
+    px or, for 0, their own."""
+    pixels = torch.as_tensor(pixels).to(device)[..., :3].permute(0, 3, 1, 2)
     factor = longest / max(pixels.shape[-2:]) if longest else 1
     size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
     return normalise(TF.resize(pixels, size))
@@ -592,9 +586,8 @@ def evaluate(model, images, eval_size, device, workers=0, on_image=None):
     matrix, sums = ConfusionMatrix(device), torch.zeros(2, device=device)  # sums: loss, pixels
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = range(rank, len(images), world_size)
-    workers = 0 if images.cache else workers  # processes would only copy
     pinned = device.type == "cuda"
-    loader = make_loader(images, workers, sampler=shard, pin_memory=pinned)
+    loader = make_loader(images, 0 if images.cache else workers, sampler=shard, pin_memory=pinned)
     for batch in batches_of_one_size(zip(shard, loader), EVAL_PIXELS.get(device.type, 3_000_000)):
         pixels = torch.stack([torch.as_tensor(p).to(device, non_blocking=pinned) for _, p in batch])
         target = pixels[..., 3]  # of (N, H, W, 4)
