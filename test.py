@@ -15,13 +15,13 @@ import io
 import json
 import math
 import os
-import statistics
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # before matplotlib: a notebook's may not exist in this Python
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tabulate import tabulate
@@ -64,14 +64,14 @@ def main(args):
     images = voc_data.VOCDataset(items)
     rows, speeds = [], {}
     for student in students:
-        row = measure(args, student, images, device)
         key = student.model, student.eval_size or 500  # speed does not depend on the weights
         speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
-        rows.append(row | speeds[key])
+        rows.append(measure(args, student, images, device) | speeds[key])
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
-    draw_class_bars(rows, output / "per_class_iou.png")
-    draw_curves(students, output / "training_curves.png")
+    colours = colormaps["turbo"](np.linspace(0, 1, len(rows)))  # seeds of one are side by side
+    draw_class_bars(rows, colours, output / "per_class_iou.png")
+    draw_curves(students, colours, output / "training_curves.png")
     if args.visualize:
         draw_overlays(args, students, images, device, output)
 
@@ -142,8 +142,7 @@ def measure(args, student, images, device):
 def teacher_rows(output, like):
     """The rows that test_pretrained_fcn.py left there, of an equal list and the same device."""
     rows = [row for file in sorted(output.glob("teacher_*.json")) for row in read_json(file)]
-    keys = "split", "images", "device"
-    return [row for row in rows if all(row.get(key) == like[key] for key in keys)]
+    return [r for r in rows if all(r.get(k) == like[k] for k in ("split", "images", "device"))]
 
 
 def read_json(file):
@@ -162,15 +161,15 @@ def gains(rows):
     no pair, or for the standard error of a single one.
     """
     table, same = {}, ("model", "seed", "epochs", "train_split", "labelled_images")
-    for name in dict.fromkeys((row["model"], row["kd_mode"]) for row in rows):
+    for name in dict.fromkeys((r["model"], r["kd_mode"]) for r in rows if r["kd_mode"] in KD_MODES):
         runs = [row for row in rows if (row["model"], row["kd_mode"]) == name]
         alone = [row for row in rows if row["kd_mode"] == "none" != name[1]]
         pairs = [(a, b) for a in runs for b in alone if all(a[key] == b[key] for key in same)]
-        cells = [len(runs), 100 * statistics.mean(row["miou"] for row in runs), len(pairs)]
+        cells = [len(runs), 100 * np.mean([row["miou"] for row in runs]), len(pairs)]
         for key in ("miou", "final_val_miou"):
             found = [100 * (a[key] - b[key]) for a, b in pairs if None not in (a[key], b[key])]
-            cells.append(statistics.mean(found) if found else None)
-            cells.append(statistics.stdev(found) / len(found) ** 0.5 if found[1:] else None)
+            cells.append(np.mean(found) if found else None)
+            cells.append(np.std(found, ddof=1) / len(found) ** 0.5 if found[1:] else None)
         table[" ".join(name)] = tuple(cells)
     return table
 
@@ -207,10 +206,9 @@ def write_tables(rows, output):
         f"input size (500 px where they keep theirs), float32 (CUDA: TF32), on {rows[0]['device']}"
         "; final epoch: mIoU of the last validation; score = 4 mIoU / (1 + millions of parameters)."
     )
-    students = [row for row in rows if row["kd_mode"] in KD_MODES]
     gain_cells = [
         [name, runs, show(mean), pairs or "-", *(show(v, sign=s) for v, s in zip(found, "+-+-"))]
-        for name, (runs, mean, pairs, *found) in gains(students).items()
+        for name, (runs, mean, pairs, *found) in gains(rows).items()
     ]
     headers = ["network", "runs", "mean mIoU %", "pairs", "gain over none", "standard error",
                "gain, final epoch", "standard error"]  # fmt: skip
@@ -236,9 +234,10 @@ def class_bars(rows):
     return {row["label"]: 100 * np.array([*row["iou"].values()], dtype=float) for row in rows}
 
 
-def draw_class_bars(rows, file):
+def draw_class_bars(rows, colours, file):
     figure = Figure((10, 3.4), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(rows)
+    axis.set_prop_cycle(color=colours)
     for number, (label, values) in enumerate(class_bars(rows).items()):
         axis.bar(np.arange(NUM_CLASSES) - 0.4 + (number + 0.5) * width, values, width, label=label)
     axis.set_xticks(range(NUM_CLASSES), CLASSES, rotation=45, ha="right")
@@ -248,18 +247,20 @@ def draw_class_bars(rows, file):
     save_figure(figure, file)
 
 
-def draw_curves(students, file):
+def draw_curves(students, colours, file):
     """Training cross-entropy and val mIoU by epoch, of the students that have a history."""
     figure = Figure((10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, key, name in ((left, "ce", "train cross-entropy"), (right, "val_miou", "val mIoU")):
+        axis.set_prop_cycle(color=colours)
         for student in students:
             points = [(line["epoch"], line[key]) for line in student.history if key in line]
             axis.plot(*zip(*points), marker=".", markersize=3, label=student.label)
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
     if any(student.history for student in students):
-        right.legend(fontsize=7)
+        labels = right.get_legend_handles_labels()
+        figure.legend(*labels, loc="outside upper center", fontsize=7, ncols=4)
         save_figure(figure, file)
 
 
@@ -352,8 +353,7 @@ def export(students, file):
     program = torch.export.export(network, (torch.zeros(2, 3, 160, 192),), dynamic_shapes=(sizes,))
     torch.export.save(program, buffer)
     atomic_save(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-    print(f"{students[0].file} -> {file}; its images had a longest side of "
-          f"{students[0].eval_size or 'any'} px")  # fmt: skip
+    print(f"{students[0].file} -> {file}, best for images {students[0].eval_size or 'any'} px long")
 
 
 if __name__ == "__main__":
