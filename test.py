@@ -69,7 +69,7 @@ def main(args):
         rows.append(measure(args, student, images, device) | speeds[key])
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
-    colours = colormaps["turbo"](np.linspace(0, 1, len(rows)))  # seeds of one are side by side
+    colours = colormaps["turbo"](np.linspace(0, 1, len(rows)))  # seeds of a network look alike
     draw_class_bars(rows, colours, output / "per_class_iou.png")
     draw_curves(students, colours, output / "training_curves.png")
     if args.visualize:
@@ -252,10 +252,9 @@ def draw_curves(students, colours, file):
     figure = Figure((10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, key, name in ((left, "ce", "train cross-entropy"), (right, "val_miou", "val mIoU")):
-        axis.set_prop_cycle(color=colours)
-        for student in students:
+        for student, colour in zip(students, colours):
             points = [(line["epoch"], line[key]) for line in student.history if key in line]
-            axis.plot(*zip(*points), marker=".", markersize=3, label=student.label)
+            axis.plot(*zip(*points), marker=".", markersize=3, color=colour, label=student.label)
         axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
     if any(student.history for student in students):
