@@ -64,9 +64,10 @@ def main(args):
     images = voc_data.VOCDataset(items)
     rows, speeds = [], {}
     for student in students:
+        row = measure(args, student, images, device)
         key = student.model, student.eval_size or 500  # speed does not depend on the weights
         speeds[key] = speeds.get(key) or voc_data.measure_speed(student.network, device, key[1])
-        rows.append(measure(args, student, images, device) | speeds[key])
+        rows.append(row | speeds[key])
     rows += teacher_rows(output, rows[0])
     write_tables(rows, output)
     colours = colormaps["turbo"](np.linspace(0, 1, len(rows)))  # seeds of a network look alike
@@ -85,7 +86,7 @@ class Tested:
         network, checkpoint = load_student(file)
         self.network = network.to(device, memory_format=torch.channels_last)
         self.file, self.settings = file, checkpoint.get("settings", {})
-        self.model, self.kd_mode = checkpoint["model"], checkpoint.get("kd_mode")
+        self.model, self.kd_mode = checkpoint["model"], checkpoint["kd_mode"]
         self.eval_size = checkpoint.get("eval_size", 0) if eval_size is None else eval_size
         self.seed = self.settings.get("seed", 0)
         self.name = f"{self.model} {self.kd_mode}"
@@ -281,14 +282,13 @@ def predict(student, image, device):
 
 def draw_sheet(panels, file, columns, inches=2.3):
     """A sheet of (title, image, labels) panels, each with a legend of the classes it shows."""
-    rows = -(-len(panels) // columns)
+    rows, palette = -(-len(panels) // columns), voc_data.voc_palette() / 255
     figure = Figure((inches * columns, inches * rows), layout="constrained")
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.axis("off")
     for (title, image, labels), axis in zip(panels, figure.axes):
         axis.imshow(overlay(image, labels))
         axis.set_title(title, fontsize=8)
-        palette = voc_data.voc_palette() / 255
         patches = [Patch(color=palette[label], label=CLASSES[label])
                    for label in np.unique(labels) if 0 < label < NUM_CLASSES]  # fmt: skip
         axis.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=6,
